@@ -1,0 +1,77 @@
+"""The methods, one file each. `METHODS` says what there is; nothing registers itself."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.algorithms.gptq import GPTQSettings, gptq
+from lowbit.algorithms.rtn import RTNSettings, rtn
+from lowbit.errors import InputError, nearest
+from lowbit.scheme import TensorScheme
+from lowbit.tensor import QuantizedTensor
+
+# rounding(weight (out, in), H (in, in) or None, scheme, settings, scale dtype) -> tensor, what to record about it
+Rounding = Callable[[Tensor, Tensor | None, TensorScheme, Any, torch.dtype], tuple[QuantizedTensor, dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Method:
+    rounding: Rounding
+    settings: type
+    needs_calibration: bool
+
+
+def _rtn(
+    weight: Tensor, _hessian: Tensor | None, scheme: TensorScheme, settings: RTNSettings, dtype: torch.dtype
+) -> tuple[QuantizedTensor, dict[str, Any]]:
+    return rtn(weight, scheme, dtype, scale_search=settings.scale_search), {}
+
+
+def _gptq(
+    weight: Tensor, hessian: Tensor | None, scheme: TensorScheme, settings: GPTQSettings, dtype: torch.dtype
+) -> tuple[QuantizedTensor, dict[str, Any]]:
+    assert hessian is not None
+    quantized, dampening = gptq(weight, hessian, scheme, settings, dtype)
+    return quantized, {"dampening_frac": dampening}
+
+
+METHODS = {
+    "rtn": Method(_rtn, RTNSettings, needs_calibration=False),
+    "gptq": Method(_gptq, GPTQSettings, needs_calibration=True),
+}
+
+
+def find_method(name: str) -> Method:
+    if name not in METHODS:
+        raise InputError(f"unknown method {name!r}. {nearest(name, METHODS)}")
+    return METHODS[name]
+
+
+def make_settings(name: str, values: dict[str, str]) -> Any:
+    """The method's settings with `values` (as written by the user) put in. Raises InputError naming what exists."""
+    cls = find_method(name).settings
+    types = {f.name: f.type for f in fields(cls)}
+    parsed = {}
+    for key, text in values.items():
+        if key not in types:
+            raise InputError(f"method {name!r} has no setting {key!r}. {nearest(key, types)}")
+        parsed[key] = _parse(f"{name}: {key}", types[key], text)
+    return cls(**parsed)
+
+
+def _parse(where: str, kind: Any, text: str) -> Any:
+    kind = kind if isinstance(kind, type) else {"bool": bool, "int": int, "float": float, "str": str}[kind]
+    if kind is bool:
+        if text.lower() in ("true", "false", "yes", "no", "1", "0"):
+            return text.lower() in ("true", "yes", "1")
+        raise InputError(f"{where}={text}: expected true or false.")
+    try:
+        value = kind(text)
+    except ValueError as error:
+        raise InputError(f"{where}={text}: expected a {kind.__name__}.") from error
+    if kind in (int, float) and not 0 <= value < 1e9:
+        raise InputError(f"{where}={text}: expected a number from 0 up.")
+    return value

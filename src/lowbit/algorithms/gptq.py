@@ -1,0 +1,189 @@
+"""GPTQ: round one column at a time and let the columns not yet rounded repair the damage.
+
+A linear's squared output error is quadratic in its weight:  tr (W - Ŵ) H (W - Ŵ)ᵀ  with  H = E[x xᵀ].  Rounding
+column i costs (w_i - ŵ_i)² / [H⁻¹]_ii after the best update of the later columns, which is
+
+    W[:, j] -= (w_i - ŵ_i) / U_ii * U_ij   for j > i,   H⁻¹ = Uᵀ U  (U upper triangular)
+
+(Frantar et al. 2022, "GPTQ", section 3; the Cholesky form is its step 3). What differs from the reference code:
+
+* Activation order with trivial group indices: groups are visited by their largest H_ii and columns inside a group by
+  H_ii, so a group's scale exists before its first column is rounded and the columns stay where they were.
+* A group's scale comes from the weights *as updated so far* (in-block updates included), by the weighted search.
+* Columns no calibration token reached (H_ii = 0) are rounded on their own instead of being set to zero.
+* If H + damping is not positive definite, the damping rises tenfold, up to five times; the value used is returned.
+* Afterwards `refine` sweeps over the columns again: with all other columns fixed, the best code of column i is the
+  one nearest to ŵ_i + [(W - Ŵ) H]_i / H_ii, which never raises the loss; and group scales are refitted exactly.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lowbit.algorithms.scale_search import search_qparams
+from lowbit.numerics import choose_qparams, grid_value, quantize, round_to_grid
+from lowbit.scheme import TensorScheme
+from lowbit.tensor import QuantizedTensor
+
+
+@dataclass(frozen=True)
+class GPTQSettings:
+    """dampening_frac: λ / mean(diag H). block_size: columns between lazy updates. desc_act: activation order.
+    scale_search: weighted search instead of min-max. sweeps: refinement passes after the GPTQ pass."""
+
+    dampening_frac: float = 0.01
+    block_size: int = 128
+    desc_act: bool = True
+    scale_search: bool = True
+    sweeps: int = 2
+
+
+def gptq(
+    weight: Tensor, hessian: Tensor, scheme: TensorScheme, settings: GPTQSettings, scale_dtype: torch.dtype
+) -> tuple[QuantizedTensor, float]:
+    """Quantize weight (out, in) given H (in, in) float32. Returns the tensor and the dampening_frac that was used.
+
+    Raises ValueError if H is not finite or no damping makes it positive definite.
+    """
+    W = weight.float()
+    H = _alive(hessian.float())
+    order = column_order(H.diagonal(), scheme, settings.desc_act)
+    U, used = inverse_cholesky(H[order][:, order], settings.dampening_frac)
+    if settings.scale_search:
+        scale, zero = search_qparams(W, scheme, H.diagonal(), scale_dtype)
+    else:
+        scale, zero = choose_qparams(W, scheme, scale_dtype)
+    grid = _Columns(scale, zero, scheme, W.shape)
+    grouped = scheme.granularity == "group"
+    width = scheme.group_size if grouped else 1
+    block = max(settings.block_size // width, 1) * width  # lazy blocks hold whole groups
+
+    W_hat = torch.empty_like(W)
+    W = W[:, order]
+    importance = U.diagonal() ** -2
+    for start in range(0, W.shape[1], block):
+        end = min(start + block, W.shape[1])
+        W1, U1 = W[:, start:end].clone(), U[start:end, start:end]
+        E = torch.zeros_like(W1)
+        for i, column in enumerate(order[start:end].tolist()):
+            if grouped and settings.scale_search and i % width == 0:
+                grid.search(column, W1[:, i : i + width], importance[start + i : start + i + width])
+            w_hat = grid.nearest(W1[:, i], column)
+            E[:, i] = (W1[:, i] - w_hat) / U1[i, i]
+            W1[:, i + 1 :].addr_(E[:, i], U1[i, i + 1 :], alpha=-1)
+            W_hat[:, column] = w_hat
+        W[:, end:].addmm_(E, U[start:end, end:], alpha=-1)
+
+    result = QuantizedTensor(quantize(W_hat, scale, zero, scheme), scale, zero, scheme)
+    for _ in range(settings.sweeps):
+        result = refine(weight, result, H)
+    return result, used
+
+
+def _alive(H: Tensor) -> Tensor:
+    """H with the diagonal of columns that no token reached set to the mean of the others, so they stand alone."""
+    if not bool(torch.isfinite(H).all()):
+        raise ValueError("the Hessian has entries that are not finite: the calibration activations overflowed")
+    dead = H.diagonal() == 0
+    if bool(dead.any()):
+        H = H.clone()
+        H.diagonal()[dead] = H.diagonal()[~dead].mean() if bool((~dead).any()) else 1.0
+    return H
+
+
+def column_order(diagonal: Tensor, scheme: TensorScheme, desc_act: bool) -> Tensor:
+    """(in,) permutation: columns by H_ii, largest first, groups kept together (by their largest H_ii)."""
+    columns = torch.arange(len(diagonal))
+    if not desc_act:
+        return columns
+    if scheme.granularity != "group":
+        return torch.argsort(diagonal, descending=True, stable=True)
+    by_group = diagonal.reshape(-1, scheme.group_size)
+    groups = torch.argsort(by_group.amax(1), descending=True, stable=True)
+    inside = torch.argsort(by_group, dim=1, descending=True, stable=True) + columns[:: scheme.group_size, None]
+    return inside[groups].reshape(-1)
+
+
+def inverse_cholesky(H: Tensor, dampening_frac: float) -> tuple[Tensor, float]:
+    """Upper U with Uᵀ U = (H + λI)⁻¹, and the λ / mean(diag H) that made H positive definite."""
+    eye = torch.eye(len(H)) * H.diagonal().mean()
+    fraction = dampening_frac
+    for _ in range(6):
+        lower, failed = torch.linalg.cholesky_ex(H + fraction * eye)
+        if not int(failed):
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not int(failed):
+                return upper, fraction
+        fraction = max(fraction * 10, 1e-4)
+    raise ValueError(f"the Hessian is not positive definite even with dampening_frac {fraction / 10:g}")
+
+
+class _Columns:
+    """Scales and zero points seen column by column. Writes go to the tensors it was given."""
+
+    def __init__(self, scale: Tensor, zero: Tensor | None, scheme: TensorScheme, shape: torch.Size) -> None:
+        self.scale, self.zero, self.scheme = scale, zero, scheme
+        self.rows = shape[0] // scale.shape[0]  # weight rows that share a scale
+        self.columns = shape[1] // scale.shape[1]
+
+    def at(self, column: int) -> tuple[Tensor, Tensor | None]:
+        """float32 scale and zero point (out,) or (1,) of a column."""
+        k = column // self.columns
+        scale, zero = self.scale[:, k].float(), None if self.zero is None else self.zero[:, k].float()
+        if self.rows > 1 and len(scale) > 1:
+            scale = scale.repeat_interleave(self.rows)
+        return scale, zero
+
+    def nearest(self, w: Tensor, column: int) -> Tensor:
+        scale, zero = self.at(column)
+        return grid_value(round_to_grid(w, scale, zero, self.scheme), scale, zero)
+
+    def search(self, column: int, group: Tensor, importance: Tensor) -> None:
+        """Choose this group's scale anew for its weights as they are now: (out, group_size)."""
+        k = column // self.columns
+        scale, zero = search_qparams(group, self.scheme, importance, self.scale.dtype)
+        self.scale[:, k] = scale[:, 0]
+        if self.zero is not None and zero is not None:
+            self.zero[:, k] = zero[:, 0]
+
+
+def refine(weight: Tensor, quantized: QuantizedTensor, H: Tensor) -> QuantizedTensor:
+    """One exact descent sweep on (W - Ŵ) H (W - Ŵ)ᵀ: group scales first, then every column's codes. Never worse."""
+    scheme = quantized.scheme
+    scale = quantized.scale.clone()
+    grid = _Columns(scale, quantized.zero_point, scheme, weight.shape)
+    W_hat = quantized.dequantize()
+    G = (weight.float() - W_hat) @ H
+    if scheme.granularity in ("group", "channel"):
+        _refit_scales(W_hat, G, H, grid)
+    diagonal = H.diagonal()
+    for start in range(0, W_hat.shape[1], 128):
+        end = min(start + 128, W_hat.shape[1])
+        G1, H1 = G[:, start:end].clone(), H[start:end, start:end]
+        before = W_hat[:, start:end].clone()
+        for i in range(end - start):
+            j = start + i
+            w_hat = grid.nearest(W_hat[:, j] + G1[:, i] / diagonal[j], j)
+            G1.addr_(w_hat - W_hat[:, j], H1[i], alpha=-1)
+            W_hat[:, j] = w_hat
+        G.addmm_(W_hat[:, start:end] - before, H[start:end], alpha=-1)
+    codes = quantize(W_hat, scale, quantized.zero_point, scheme)
+    return QuantizedTensor(codes, scale, quantized.zero_point, scheme)
+
+
+def _refit_scales(W_hat: Tensor, G: Tensor, H: Tensor, grid: _Columns) -> None:
+    """The least-squares scale of each group given its codes, after rounding to the storage dtype; in place."""
+    for k in range(grid.scale.shape[1]):
+        columns = slice(k * grid.columns, (k + 1) * grid.columns)
+        old = grid.scale[:, k].float()
+        codes = W_hat[:, columns] / old[:, None]  # (out, group): code - zero_point
+        curvature = ((codes @ H[columns, columns]) * codes).sum(1)
+        slope = (G[:, columns] * codes).sum(1)
+        new = (old + slope / curvature.clamp(min=1e-30)).to(grid.scale.dtype)
+        step = new.float() - old
+        gain = 2 * step * slope - step.square() * curvature
+        step = torch.where((gain > 0) & (new != 0), step, 0.0)
+        grid.scale[:, k] = torch.where(step != 0, new, grid.scale[:, k])
+        W_hat[:, columns] += step[:, None] * codes
+        G.addmm_(step[:, None] * codes, H[columns], alpha=-1)

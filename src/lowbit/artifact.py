@@ -1,0 +1,167 @@
+"""The output directory: written piece by piece beside its final name, closed by one rename, provable afterwards.
+
+    OUT.partial/    work in progress: one shard per finished block, its report, and what the work belongs to
+    OUT/            config.json, model-*.safetensors, the tokenizer, lowbit.json (manifest), README.md (model card)
+
+Every file is written under a temporary name, flushed to disk, then renamed, so a killed process leaves whole files
+only, and OUT appears complete or not at all.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from lowbit.errors import InputError
+
+MANIFEST = "lowbit.json"
+_IDENTITY = "work.json"
+
+
+class Work:
+    """OUT.partial of one quantization job. `identity` says which job: model, data, recipe, versions."""
+
+    def __init__(self, output: Path, identity: Mapping[str, Any], *, resume: bool, force: bool) -> None:
+        self.output = output
+        self.path = output.with_name(output.name + ".partial")
+        self.force = force
+        check_output(output, resume=resume, force=force)
+        with disk_errors(self.path):
+            if self.path.exists() and not resume:
+                shutil.rmtree(self.path)
+            if (self.path / _IDENTITY).exists():
+                self._check_same(identity)
+            else:
+                self.path.mkdir(parents=True, exist_ok=True)
+                write_json(self.path / _IDENTITY, identity)
+
+    def _check_same(self, identity: Mapping[str, Any]) -> None:
+        before = json.loads((self.path / _IDENTITY).read_text())
+        now = json.loads(json.dumps(identity))
+        changed = [k for k in now if before.get(k) != now[k]]
+        if changed:
+            details = "; ".join(f"{k}: was {_short(before.get(k))}, is {_short(now[k])}" for k in changed)
+            raise InputError(
+                f"{self.path}: the interrupted run was another job, so it cannot be resumed ({details}). Repeat the "
+                "original command with --resume, or start over with --force."
+            )
+
+    def write_shard(self, name: str, tensors: Mapping[str, Tensor], report: Any) -> None:
+        """The shard and then its report; the report's existence means that both are whole."""
+        with disk_errors(self.path):
+            data = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, {"format": "pt"})
+            write_bytes(self.path / name, data)
+            write_json(self.path / f"{name}.json", report)
+
+    def report(self, name: str) -> Any | None:
+        """What was reported with a finished shard, or None if it is not finished."""
+        file = self.path / f"{name}.json"
+        return json.loads(file.read_text()) if file.exists() else None
+
+    def close(self) -> None:
+        """Remove what only the work needed and give the directory its final name."""
+        with disk_errors(self.path):
+            for file in [*self.path.glob("*.safetensors.json"), self.path / _IDENTITY]:
+                file.unlink(missing_ok=True)
+            replaced = None
+            if self.output.exists() and any(self.output.iterdir()):
+                replaced = self.output.with_name(self.output.name + ".replaced")
+                shutil.rmtree(replaced, ignore_errors=True)
+                self.output.rename(replaced)
+            self.path.rename(self.output)
+            _sync_directory(self.output.parent)
+            if replaced:
+                shutil.rmtree(replaced)
+
+
+def check_output(output: Path, *, resume: bool, force: bool) -> None:
+    """Raise InputError if something is in the way of `output` that neither --resume nor --force settles."""
+    partial = output.with_name(output.name + ".partial")
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output}: is a file; give the name of a directory to make.")
+    if output.exists() and any(output.iterdir()) and not force:
+        raise InputError(f"{output}: exists and is not empty. Give another name, or replace it with --force.")
+    if partial.exists() and not (resume or force):
+        raise InputError(
+            f"{partial}: an earlier run was interrupted. Finish it with --resume, or throw it away with --force."
+        )
+
+
+def _short(value: Any) -> str:
+    text = json.dumps(value)
+    return text if len(text) < 120 else text[:117] + "..."
+
+
+def write_bytes(file: Path, data: bytes) -> None:
+    """Whole or not at all, and on the disk when this returns."""
+    temporary = file.with_name(file.name + ".tmp")
+    with temporary.open("wb") as stream:
+        stream.write(data)
+        stream.flush()
+        os.fsync(stream.fileno())
+    temporary.replace(file)
+
+
+def write_json(file: Path, value: Any) -> None:
+    write_bytes(file, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def _sync_directory(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def disk_errors(path: Path) -> Iterator[None]:
+    """Turn 'no space left', 'read-only' and the like into one clear InputError."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        code = getattr(error, "errno", None)
+        if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise InputError(
+                f"{path}: the disk is full ({os.strerror(code)}). What is finished is kept: free some space and "
+                "repeat the command with --resume."
+            ) from error
+        if code in (errno.EACCES, errno.EROFS, errno.EPERM, errno.ENOTDIR, errno.ENAMETOOLONG):
+            raise InputError(f"{path}: cannot be written ({os.strerror(code)}).") from error
+        raise
+
+
+def file_hashes(path: Path) -> dict[str, str]:
+    """SHA-256 of the files that make the model: weights, config, tokenizer."""
+    hashes = {}
+    for file in sorted(path.iterdir()):
+        if file.suffix in (".safetensors", ".json", ".jinja", ".model", ".txt") and file.name not in UNHASHED:
+            with file.open("rb") as stream:
+                hashes[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return hashes
+
+
+# the manifest holds the hashes; measurements are added to a finished directory later; the rest is the work's own
+UNHASHED = {MANIFEST, _IDENTITY, "evaluate.json", "bench.json"}
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    file = path / MANIFEST
+    if not file.exists():
+        raise InputError(f"{path}: there is no {MANIFEST}, so this is not a lowbit output directory.")
+    try:
+        manifest = json.loads(file.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise InputError(f"{file}: not readable as JSON ({error}).") from error
+    if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
+        raise InputError(f"{file}: not a manifest: expected an object with 'files'.")
+    return manifest

@@ -1,0 +1,45 @@
+"""The model card: what this directory is, in a page a person reads first."""
+
+from pathlib import Path
+from typing import Any
+
+from lowbit.artifact import write_bytes
+
+_CARD = """# {title}
+
+`{model}` quantized to **{scheme}** with **{method}** by lowbit {version}: {bits:.2f} bits per weight in the quantized
+layers (codes and scales), {count} layers{fallbacks}.
+
+## Use
+
+    lowbit evaluate {output} --against {model} --text YOUR_TEXT
+    vllm serve {output}
+
+```python
+from transformers import AutoModelForCausalLM  # needs the compressed-tensors package
+model = AutoModelForCausalLM.from_pretrained("{output}")
+```
+
+## Made with
+
+    lowbit quantize {model} -o OUT --recipe {output}/lowbit.json
+
+Every layer's loss, the data's hash and the versions are in `lowbit.json`; `lowbit verify {output}` checks the files.
+"""
+
+
+def write_card(path: Path, manifest: dict[str, Any], document: dict[str, Any]) -> None:
+    output = Path(document["output"]).name
+    fallbacks = sum(1 for r in document["layers"] if r["fallback"])
+    text = _CARD.format(
+        title=output,
+        output=output,
+        model=manifest["model"]["name"],
+        scheme=document["scheme"],
+        method=document["method"],
+        version=manifest["lowbit_version"],
+        bits=document["bits_per_weight"],
+        count=len(document["layers"]),
+        fallbacks=f" ({fallbacks} fell back to rtn)" if fallbacks else "",
+    )
+    write_bytes(path / "README.md", text.encode())

@@ -1,0 +1,189 @@
+"""compressed-tensors: what vLLM and transformers load.
+
+pack-quantized    integer weights alone: weight_packed int32, the codes of a row as one dense little-endian
+                  stream of b-bit fields (code + 2^(b-1)), padded to a word; weight_scale (out, groups) in the
+                  model's dtype; weight_shape int64[2]; asymmetric: weight_zero_point packed down the rows
+int-quantized     int8 weights with int8 activations: weight int8, weight_scale (out, 1)
+float-quantized   FP8 weights: weight float8_e4m3fn, weight_scale (out, 1), [1] or one per 128 x 128 block
+
+code 0 1 2 ...  at 4 bits:   word 0 = c0 | c1 << 4 | c2 << 8 ...   3 bits: c10 straddles words 0 and 1
+"""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lowbit.errors import InputError
+from lowbit.numerics import scale_shape
+from lowbit.scheme import Scheme, TensorScheme
+from lowbit.tensor import QuantizedTensor
+
+
+def format_of(scheme: Scheme) -> str:
+    assert scheme.weight is not None
+    if scheme.weight.kind == "float":
+        return "float-quantized"
+    return "pack-quantized" if scheme.activation is None else "int-quantized"
+
+
+def pack_bits(codes: Tensor, bits: int) -> Tensor:
+    """Signed codes (rows, n) int8 -> int32 (rows, ceil(n * bits / 32))."""
+    unsigned = (codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8).numpy()
+    fields = np.unpackbits(unsigned[..., None], axis=-1, bitorder="little")[..., :bits].reshape(len(unsigned), -1)
+    fields = np.pad(fields, ((0, 0), (0, -fields.shape[1] % 32)))
+    return torch.from_numpy(np.packbits(fields, axis=1, bitorder="little").view("<i4").copy())
+
+
+def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
+    """The inverse of pack_bits: int32 (rows, words) -> signed codes (rows, n) int8."""
+    stream = np.unpackbits(packed.contiguous().numpy().view(np.uint8), axis=1, bitorder="little")
+    fields = stream[:, : n * bits].reshape(len(stream), n, bits)
+    unsigned = np.packbits(fields, axis=-1, bitorder="little")[..., 0]
+    return (torch.from_numpy(unsigned).to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+
+
+def pack(name: str, quantized: QuantizedTensor, scheme: Scheme) -> dict[str, Tensor]:
+    """The tensors of linear `name` as they go into the safetensors file."""
+    scale = quantized.scale
+    if quantized.scheme.granularity == "tensor":
+        scale = scale.reshape(1)
+    tensors = {f"{name}.weight_scale": scale}
+    if format_of(scheme) != "pack-quantized":
+        tensors[f"{name}.weight"] = quantized.codes
+        return tensors
+    bits = quantized.scheme.bits
+    tensors[f"{name}.weight_packed"] = pack_bits(quantized.codes, bits)
+    tensors[f"{name}.weight_shape"] = torch.tensor(quantized.codes.shape, dtype=torch.int64)
+    if quantized.zero_point is not None:
+        tensors[f"{name}.weight_zero_point"] = pack_bits(quantized.zero_point.T.contiguous(), bits).T.contiguous()
+    return tensors
+
+
+def unpack(name: str, get: Callable[[str], Tensor], scheme: Scheme) -> QuantizedTensor:
+    """Read linear `name` back through `get(tensor name)`. Raises InputError if shapes and scheme disagree."""
+    weight = scheme.weight
+    assert weight is not None
+    scale = get(f"{name}.weight_scale")
+    zero = None
+    if format_of(scheme) != "pack-quantized":
+        codes = get(f"{name}.weight")
+    else:
+        shape = get(f"{name}.weight_shape").tolist()
+        packed = get(f"{name}.weight_packed")
+        expected = [shape[0], -(-shape[1] * weight.bits // 32)] if len(shape) == 2 else None
+        if list(packed.shape) != expected or packed.dtype != torch.int32:
+            raise InputError(
+                f"{name}.weight_packed is {packed.dtype} {list(packed.shape)}, but {weight.bits}-bit codes of shape "
+                f"{shape} need int32 {expected}. (compressed-tensors up to 0.12 packed 3, 5, 6 and 7 bits otherwise; "
+                "such files must be converted with that version.)"
+            )
+        codes = unpack_bits(packed, weight.bits, shape[1])
+    out_in = (codes.shape[0], codes.shape[1])
+    where = scale_shape(weight, out_in)
+    if scale.numel() != where[0] * where[1]:
+        raise InputError(f"{name}.weight_scale has {scale.numel()} entries, {scheme} of {list(out_in)} needs {where}.")
+    if not weight.symmetric:
+        zero = unpack_bits(get(f"{name}.weight_zero_point").T.contiguous(), weight.bits, where[0]).T.contiguous()
+    return QuantizedTensor(codes, scale.reshape(where), zero, weight)
+
+
+def quantization_config(schemes: Mapping[str, Scheme]) -> dict[str, Any]:
+    """config.json's `quantization_config` for linears (by full name) and their schemes; `none` means ignored."""
+    groups: dict[Scheme, list[str]] = {}
+    for name, scheme in schemes.items():
+        if scheme.weight is not None:
+            groups.setdefault(scheme, []).append(name)
+    formats = {format_of(s) for s in groups}
+    return {
+        "quant_method": "compressed-tensors",
+        "format": formats.pop() if len(formats) == 1 else "mixed-precision",
+        "quantization_status": "compressed",
+        "config_groups": {
+            f"group_{i}": {
+                "targets": ["Linear"] if len(groups) == 1 else names,
+                "weights": _weight_args(scheme.weight),
+                "input_activations": _activation_args(scheme.activation),
+                "output_activations": None,
+                "format": format_of(scheme),
+            }
+            for i, (scheme, names) in enumerate(groups.items())
+        },
+        "ignore": [name for name, scheme in schemes.items() if scheme.weight is None],
+        "kv_cache_scheme": None,
+        "global_compression_ratio": None,
+    }
+
+
+def _weight_args(scheme: TensorScheme | None) -> dict[str, Any]:
+    assert scheme is not None
+    return {
+        "num_bits": scheme.bits,
+        "type": scheme.kind,
+        "symmetric": scheme.symmetric,
+        "strategy": scheme.granularity,
+        "group_size": scheme.group_size if scheme.granularity == "group" else None,
+        "block_structure": [scheme.group_size] * 2 if scheme.granularity == "block" else None,
+        "dynamic": False,
+        "actorder": None,
+        "observer": "minmax",
+        "observer_kwargs": {},
+    }
+
+
+def _activation_args(scheme: TensorScheme | None) -> dict[str, Any] | None:
+    if scheme is None:
+        return None
+    return {
+        "num_bits": scheme.bits,
+        "type": scheme.kind,
+        "symmetric": True,
+        "strategy": "token",
+        "group_size": None,
+        "block_structure": None,
+        "dynamic": True,
+        "actorder": None,
+        "observer": None,
+        "observer_kwargs": {},
+    }
+
+
+def read_schemes(config: Mapping[str, Any], linears: Iterable[str]) -> dict[str, Scheme]:
+    """The scheme of each linear (by full name) that `quantization_config` quantizes.
+
+    Raises InputError for what lowbit cannot read yet, naming it.
+    """
+    if config.get("quant_method") != "compressed-tensors":
+        raise InputError(
+            f"this model is already quantized by {config.get('quant_method')!r}; lowbit reads compressed-tensors."
+        )
+    groups = [(g["targets"], _scheme(g)) for g in config.get("config_groups", {}).values()]
+    ignore = config.get("ignore") or []
+    result = {}
+    for name in linears:
+        if any(_targets(pattern, name) for pattern in ignore):
+            continue
+        for targets, scheme in groups:
+            if "Linear" in targets or any(_targets(t, name) for t in targets):
+                result[name] = scheme
+    return result
+
+
+def _targets(pattern: str, name: str) -> bool:
+    return bool(re.match(pattern[3:], name)) if pattern.startswith("re:") else pattern == name
+
+
+def _scheme(group: Mapping[str, Any]) -> Scheme:
+    w, a = group["weights"], group.get("input_activations")
+    size = w.get("group_size") or (w.get("block_structure") or [0])[0]
+    weight = TensorScheme(w["type"], w["num_bits"], w["strategy"], size, w["symmetric"])
+    if weight.granularity not in ("tensor", "channel", "group", "block") or (weight.kind, weight.bits) == ("float", 4):
+        raise InputError(f"cannot read {weight.bits}-bit {weight.kind} weights with strategy {weight.granularity!r}.")
+    if a is None:
+        return Scheme(weight)
+    if not a.get("dynamic") or a.get("strategy") != "token":
+        raise InputError(f"cannot read activations with strategy {a.get('strategy')!r}, dynamic={a.get('dynamic')}.")
+    return Scheme(weight, TensorScheme(a["type"], a["num_bits"], "token"))

@@ -1,0 +1,178 @@
+"""From config to modules: a skeleton without weights, filled one module at a time."""
+
+import contextlib
+import io
+import warnings
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils import logging as hf_logging
+
+from lowbit.errors import InputError
+from lowbit.formats.compressed_tensors import read_schemes, unpack
+from lowbit.model.checkpoint import Checkpoint
+from lowbit.model.walk import Blocks
+from lowbit.scheme import Scheme
+from lowbit.tensor import QuantizedTensor
+
+
+def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
+    """The model of checkpoint.config with every parameter on the meta device (no memory) and buffers computed.
+
+    A quantization_config is ignored: the skeleton is the full-precision architecture. Raises InputError if
+    transformers does not know the architecture.
+    """
+    config_dict = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    model_type = config_dict.get("model_type")
+    try:
+        with quiet_transformers():
+            config = AutoConfig.for_model(**config_dict)
+            with torch.device("meta"):
+                model = AutoModelForCausalLM.from_config(config, dtype=checkpoint.dtype)
+    except Exception as error:  # whatever a strange config makes transformers raise, the config is at fault
+        reason = str(error).strip().split("\n")[0][:300]
+        raise InputError(
+            f"{checkpoint.path / 'config.json'}: transformers cannot build a causal language model of model_type "
+            f"{model_type!r} (architectures {config_dict.get('architectures')}): {reason}"
+        ) from error
+    model.eval()
+    model.requires_grad_(False)
+    compute_buffers(model)
+    check_names(model, checkpoint)
+    return model
+
+
+def compute_buffers(model: PreTrainedModel) -> None:
+    """Give the buffers that no file holds (rotary frequencies) their values, by transformers' own initialization."""
+    owners = {name.rpartition(".")[0] for name, _ in model.named_non_persistent_buffers()}
+    for owner in owners:
+        module = model.get_submodule(owner)
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, torch.empty_like(buffer, device="cpu"))
+        model._init_weights(module)
+
+
+def check_names(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """Raise InputError if the files and the architecture disagree about a parameter's name or shape."""
+    stored = {name.removesuffix("_packed") for name in checkpoint.tensors}
+    tied = set(model.all_tied_weights_keys)
+    missing = [n for n, _ in model.named_parameters() if n not in stored and n not in tied]
+    if missing:
+        raise InputError(
+            f"{checkpoint.path}: {len(missing)} of the model's parameters are in no shard, the first is "
+            f"{missing[0]!r}. The weights belong to another architecture or an older layout than config.json says."
+        )
+    for name, parameter in model.named_parameters():
+        info = checkpoint.tensors.get(name)
+        if info is not None and info.shape != tuple(parameter.shape):
+            raise InputError(
+                f"{checkpoint.path}: {name!r} is {list(info.shape)} in {info.shard} but config.json makes it "
+                f"{list(parameter.shape)}. The config and the weights belong to different models."
+            )
+
+
+@dataclass(frozen=True)
+class Source:
+    """A checkpoint and the schemes of the linears that it stores quantized (none for an ordinary model)."""
+
+    checkpoint: Checkpoint
+    schemes: Mapping[str, Scheme]
+
+    def linear(self, name: str) -> QuantizedTensor | None:
+        """The quantized weight of linear `name`, or None if it is stored as it was."""
+        return unpack(name, self.checkpoint.get, self.schemes[name]) if name in self.schemes else None
+
+
+def open_source(model: nn.Module, checkpoint: Checkpoint) -> Source:
+    config = checkpoint.quantization
+    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    return Source(checkpoint, read_schemes(config, names) if config else {})
+
+
+def materialize(model: nn.Module, name: str, source: Source, dtype: torch.dtype) -> nn.Module:
+    """Load the weights of submodule `name` (all below it) as `dtype`, quantized ones dequantized; return it."""
+    module = model.get_submodule(name)
+    for key in module.state_dict():
+        full = f"{name}.{key}" if name else key
+        owner, _, attribute = key.rpartition(".")
+        linear = source.linear(full.removesuffix(".weight")) if attribute == "weight" else None
+        if linear is not None:
+            value = linear.dequantize(dtype)
+        elif full in source.checkpoint.tensors:
+            value = source.checkpoint.get(full).to(dtype)
+        else:
+            continue
+        target = module.get_submodule(owner)
+        is_parameter = attribute in target._parameters
+        setattr(target, attribute, nn.Parameter(value, requires_grad=False) if is_parameter else value)
+    return module
+
+
+def materialize_outside(model: PreTrainedModel, blocks: Blocks, source: Source, dtype: torch.dtype) -> None:
+    """Load everything that is not in the blocks: embeddings, final norm, head; ties are tied again."""
+    parents = {blocks.name.rpartition(".")[0]}
+    for parent in list(parents):
+        while parent:
+            parent = parent.rpartition(".")[0]
+            parents.add(parent)
+    for parent in parents:
+        for child, _ in model.get_submodule(parent).named_children():
+            name = f"{parent}.{child}" if parent else child
+            if name not in parents and name != blocks.name:
+                materialize(model, name, source, dtype)
+    model.tie_weights()
+
+
+def release(module: nn.Module) -> None:
+    """Drop the memory of a module's parameters."""
+    module.to("meta")
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """No warnings, notices or progress bars of transformers within."""
+    verbosity = hf_logging.get_verbosity()
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")
+        try:
+            yield
+        finally:
+            hf_logging.set_verbosity(verbosity)
+            hf_logging.enable_progress_bar()
+
+
+def load_tokenizer(checkpoint: Checkpoint) -> Any:
+    """The model's tokenizer. Raises InputError if there is none that can be read."""
+    if not any(
+        (checkpoint.path / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    ):
+        raise InputError(
+            f"{checkpoint.path}: no tokenizer (tokenizer.json, tokenizer.model, vocab.json). Text cannot be turned "
+            "into tokens without it; copy it from the model's origin."
+        )
+    try:
+        with quiet_transformers():
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
+    except Exception as error:  # the tokenizer's loaders raise many unrelated types; the files are at fault
+        raise InputError(
+            f"{checkpoint.path}: the tokenizer cannot be loaded: {str(error).splitlines()[0][:300]}"
+        ) from error
+    rows = next((i.shape[0] for n, i in checkpoint.tensors.items() if "embed" in n and len(i.shape) == 2), None)
+    if rows is not None and len(tokenizer) > rows:
+        raise InputError(
+            f"{checkpoint.path}: the tokenizer has {len(tokenizer)} tokens but the embedding only {rows} rows: they "
+            "belong to different models."
+        )
+    return tokenizer
+
+
+def compute_dtype() -> torch.dtype:
+    """bfloat16 where this CPU multiplies it natively (several times faster), else float32."""
+    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if native else torch.float32
