@@ -1,0 +1,68 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowbit.errors import InputError
+from lowbit.scheme import EXAMPLES, PRESETS, Scheme, TensorScheme
+
+granularities = st.one_of(st.just(""), st.just("-channel"), st.just("-tensor"), st.integers(1, 4096).map("-g{}".format))
+weight_only = st.builds("w{}a16{}{}".format, st.integers(2, 8), granularities, st.sampled_from(["", "-asym"]))
+strings = st.one_of(weight_only, st.sampled_from(["w8a8", "w8a8-channel", "w8a8-tensor", *PRESETS]))
+
+
+@given(strings)
+def test_string_round_trip(text: str) -> None:
+    scheme = Scheme.parse(text)
+    assert Scheme.parse(str(scheme)) == scheme
+    assert str(Scheme.parse(str(scheme))) == str(scheme)
+
+
+@pytest.mark.parametrize(
+    ("text", "canonical"),
+    [("w4a16", "w4a16-g128"), ("w8a8-channel", "w8a8"), ("w3a16-g64-asym", "w3a16-g64-asym"), ("none", "none")],
+)
+def test_defaults_are_spelled_out(text: str, canonical: str) -> None:
+    assert str(Scheme.parse(text)) == canonical
+
+
+def test_meaning_of_strings() -> None:
+    assert Scheme.parse("w4a16-g32-asym") == Scheme(TensorScheme("int", 4, "group", 32, symmetric=False))
+    assert Scheme.parse("w8a8") == Scheme(TensorScheme("int", 8, "channel"), TensorScheme("int", 8, "token"))
+    assert Scheme.parse("fp8").weight == TensorScheme("float", 8, "channel")
+    assert Scheme.parse("none").weight is None
+    for text in EXAMPLES:
+        Scheme.parse(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "near"),
+    [
+        ("w4a61", "w4a16"),
+        ("w4a16-128", "w4a16-g128"),
+        ("W8A8", "w8a8"),
+        ("fp8-blok", "fp8-block"),
+        ("w9a16", "w8a16"),
+        ("w1a16", "w8a16"),
+        ("w4a16-asym-g32", "w4a16-g32-asym"),
+    ],
+)
+def test_unknown_strings_name_their_neighbours(text: str, near: str) -> None:
+    with pytest.raises(InputError, match=rf"unknown scheme '{text}'. Did you mean .*\b{near}\b.*\? Known:"):
+        Scheme.parse(text)
+
+
+@pytest.mark.parametrize("text", ["", "banana", "w4a16-g", "w4a16 ", "w4a16-g0128x", "w٤a16", "w4a16-g٣٢"])
+def test_nonsense_lists_what_is_known(text: str) -> None:
+    with pytest.raises(InputError, match="Known: w4a16"):
+        Scheme.parse(text)
+
+
+@pytest.mark.parametrize("text", ["w4a8", "w8a8-g128", "w8a8-asym"])
+def test_int8_activations_need_int8_weights_scaled_by_row(text: str) -> None:
+    with pytest.raises(InputError, match="one integer product is scaled once per row"):
+        Scheme.parse(text)
+
+
+def test_group_of_zero_is_refused() -> None:
+    with pytest.raises(InputError, match="at least 1 column, got 0"):
+        Scheme.parse("w4a16-g0")
