@@ -16,7 +16,7 @@ _HOME = {  # public name -> the module that defines it
     "bench": "lowbit.bench",
     "tune": "lowbit.tune",
     "load": "lowbit.runtime.engine",
-    "verify": "lowbit.artifact",
+    "verify": "lowbit.inspect",
     "Scheme": "lowbit.scheme",
     "QuantizedTensor": "lowbit.tensor",
 }

@@ -1,0 +1,81 @@
+"""One model in a process of its own, measured on request: `python -m lowbit.bench.worker` talks JSON lines.
+
+Standard input:   {"load": MODEL, "runtime": R}   then any number of   {"prompt_length": P, "output_length": O,
+"batch_size": B, "seed": S}.   Standard output: one JSON object for each, or {"error": ..., "exit_code": ...}.
+A fresh process makes peak memory mean something, and lets two models be measured alternately without sharing caches.
+"""
+
+import json
+import os
+import sys
+import time
+from typing import Any
+
+import psutil
+
+
+def peak_memory() -> int:
+    """Peak resident set of this process since it began, in bytes."""
+    try:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
+    except (OSError, StopIteration):
+        import resource
+
+        scale = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
+
+
+def main() -> None:
+    out = os.fdopen(os.dup(1), "w")  # ours alone: whatever a library prints goes to standard error
+    os.dup2(2, 1)
+    import numpy as np
+    import torch
+
+    from lowbit.errors import LowbitError
+    from lowbit.runtime.engine import Engine, load
+
+    baseline = psutil.Process().memory_info().rss
+    engine: Engine | None = None
+
+    def answer(request: dict[str, Any]) -> dict[str, Any]:
+        nonlocal engine
+        if "load" in request:
+            start = time.perf_counter()
+            engine = load(request["load"], request["runtime"])
+            return {
+                "load_s": time.perf_counter() - start,
+                "runtime": engine.runtime,
+                "vocab_size": engine.vocab_size,
+                "context_length": engine.context_length,
+                "weight_bytes": engine.weight_bytes,
+                "weight_bytes_per_token": engine.weight_bytes_per_token,
+            }
+        assert engine is not None
+        shape = (request["batch_size"], request["prompt_length"])
+        prompts = torch.from_numpy(np.random.default_rng(request["seed"]).integers(0, engine.vocab_size, shape))
+        times = [time.perf_counter()]
+        for _ in engine.stream(prompts, request["output_length"]):
+            times.append(time.perf_counter())
+        middle_context = request["prompt_length"] + request["output_length"] // 2
+        return {
+            "ttft_s": times[1] - times[0],
+            "tpot_s": (times[-1] - times[1]) / max(request["output_length"] - 1, 1),
+            "e2e_s": times[-1] - times[0],
+            "kv_bytes_per_token": engine.kv_bytes(middle_context) * request["batch_size"],
+            "peak_memory_bytes": peak_memory(),
+            "baseline_memory_bytes": baseline,
+        }
+
+    for line in sys.stdin:
+        try:
+            reply = answer(json.loads(line))
+        except LowbitError as error:
+            reply = {"error": str(error), "exit_code": error.exit_code}
+        except MemoryError:
+            reply = {"error": "out of memory", "exit_code": 2}
+        print(json.dumps(reply), file=out, flush=True)
+
+
+if __name__ == "__main__":
+    main()

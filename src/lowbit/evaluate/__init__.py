@@ -1,0 +1,121 @@
+"""evaluate: what a quantized model lost, on the user's text, through the runtime that will serve it."""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lowbit.artifact import MANIFEST, read_manifest, write_json
+from lowbit.calibration import read_documents, tokenize
+from lowbit.errors import InputError
+from lowbit.evaluate.measure import Scores, cut_windows, measure
+from lowbit.model.checkpoint import DEMO, open_checkpoint
+from lowbit.model.load import load_tokenizer
+from lowbit.runtime.engine import Engine, Runtime, load
+
+__all__ = ["evaluate"]
+
+MAX_DEFAULT_WINDOW = 2048
+
+
+def evaluate(
+    models: Sequence[str | Path],
+    text: str | Path | None = None,
+    *,
+    against: str | Path | None = None,
+    seq_len: int | None = None,
+    runtime: Runtime = "auto",
+    max_ppl_increase: float | None = None,
+    max_kl: float | None = None,
+) -> dict[str, Any]:
+    """The `evaluate` document of `models` against the float32 original, on a .txt or .jsonl file.
+
+    `against` defaults to the model that a lowbit output was made from. `max_ppl_increase` (0.01 is 1 %) and `max_kl`
+    are gates: each result's `gates` says whether it met them. A lowbit output gets its result as evaluate.json.
+    """
+    if not models:
+        raise InputError("no model to evaluate: give at least one.")
+    original = open_checkpoint(against if against is not None else _origin(models[0]))
+    if original.quantization is not None:
+        raise InputError(f"{original.name}: the reference is itself quantized; give the original with --against.")
+    if text is None:
+        if original.path != DEMO / "model":
+            raise InputError("no text to evaluate on: --text FILE (.txt or .jsonl).")
+        text = DEMO / "evaluation.txt"
+    tokenizer = load_tokenizer(original)
+    ids = tokenize("\n".join(read_documents(Path(text), tokenizer)), tokenizer)
+    reference = load(original, "float32")
+    window = seq_len or min(reference.context_length, MAX_DEFAULT_WINDOW)
+    if window > reference.context_length:
+        raise InputError(f"--seq-len {window} is longer than the model's context of {reference.context_length} tokens.")
+    windows = cut_windows(ids, window, str(text))
+
+    floor_engine = load(original, runtime)
+    engines = [load(m, runtime) for m in models]
+    for name, engine in zip(models, engines, strict=True):
+        if engine.vocab_size != reference.vocab_size:
+            raise InputError(
+                f"{name}: has {engine.vocab_size} tokens, the reference {reference.vocab_size}; they cannot be compared."
+            )
+    scores = measure(reference.logits, [e.logits for e in (floor_engine, *engines)], windows, reference.vocab_size)
+    truth, floor = scores[0], scores[1]
+    results = [
+        _result(str(name), engine, own, truth, max_ppl_increase, max_kl)
+        for name, engine, own in zip(models, engines, scores[2:], strict=True)
+    ]
+    document = {
+        "text": str(text),
+        "seq_len": window,
+        "windows": len(windows),
+        "tokens": windows.numel(),
+        "reference": {"model": original.name, "perplexity": truth.perplexity, "runtime": reference.runtime},
+        "noise_floor": {
+            "kl": floor.kl.mean(),
+            "top1_agreement": floor.agreement.mean(),
+            "perplexity": floor.perplexity,
+            "runtime": floor_engine.runtime,
+        },
+        "results": results,
+    }
+    for name, result in zip(models, results, strict=True):
+        if (Path(name) / MANIFEST).exists():
+            write_json(Path(name) / "evaluate.json", document | {"results": [result]})
+    return document
+
+
+def _origin(model: str | Path) -> str:
+    """The model a lowbit output was made from, or the model itself."""
+    if not (Path(model) / MANIFEST).exists():
+        return str(model)
+    origin = str(read_manifest(Path(model))["model"]["name"])
+    try:
+        open_checkpoint(origin)
+    except InputError as error:
+        raise InputError(
+            f"{model} was made from {origin!r}, which is not here. Say where it is with --against."
+        ) from error
+    return origin
+
+
+def _result(
+    name: str, engine: Engine, own: Scores, truth: Scores, max_ppl_increase: float | None, max_kl: float | None
+) -> dict[str, Any]:
+    increase = own.perplexity / truth.perplexity - 1
+    ratio = own.nll - truth.nll  # log of the perplexity ratio, window by window
+    kl = float(own.kl.mean())
+    limits = (("perplexity_increase", increase, max_ppl_increase), ("kl", kl, max_kl))
+    return {
+        "model": name,
+        "runtime": engine.runtime,
+        "perplexity": own.perplexity,
+        "perplexity_increase": increase,
+        "perplexity_increase_stderr": Scores.stderr(ratio) * math.exp(ratio.mean()),
+        "kl": {"mean": kl, "stderr": Scores.stderr(own.kl)},
+        "top1_agreement": float(own.agreement.mean()),
+        "tasks": {},
+        "gates": [
+            {"gate": gate, "limit": limit, "value": value, "met": value <= limit}
+            for gate, value, limit in limits
+            if limit is not None
+        ],
+    }
