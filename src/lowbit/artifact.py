@@ -55,11 +55,14 @@ class Work:
                 "original command with --resume, or start over with --force."
             )
 
-    def write_shard(self, name: str, tensors: Mapping[str, Tensor], report: Any) -> None:
-        """The shard and then its report; the report's existence means that both are whole."""
+    def write_shard(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         with disk_errors(self.path):
             data = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, {"format": "pt"})
             write_bytes(self.path / name, data)
+
+    def write_report(self, name: str, report: Any) -> None:
+        """What is to be remembered of a shard; its existence means that the shard is whole and proved."""
+        with disk_errors(self.path):
             write_json(self.path / f"{name}.json", report)
 
     def report(self, name: str) -> Any | None:

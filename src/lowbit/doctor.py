@@ -26,9 +26,7 @@ def doctor() -> dict[str, Any]:
             advice.append(f"This CPU has no {name}: {use} run slower here.")
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if torch.get_num_threads() > cores:
-        advice.append(
-            f"torch uses {torch.get_num_threads()} threads on {cores} cores; set OMP_NUM_THREADS={cores} to avoid waiting."
-        )
+        advice.append(f"torch uses {torch.get_num_threads()} threads on {cores} cores; set OMP_NUM_THREADS={cores}.")
     if torch.version.cuda and not torch.cuda.is_available():
         advice.append(
             "torch is a CUDA build but finds no GPU. The CPU build is 2 GB smaller; see 'Install' in the README."

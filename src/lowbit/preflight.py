@@ -82,13 +82,15 @@ def _output_bytes(modules: Mapping[str, nn.Linear], schemes: Mapping[str, Scheme
     return total
 
 
-def check_disk(plan: Plan, output: Path, already_written: int = 0) -> None:
+def check_disk(plan: Plan, output: Path, *, resume: bool) -> None:
     """Raise InputError if the result will not fit on the disk that holds `output`."""
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent
     free = shutil.disk_usage(parent).free
-    needed = plan.output_bytes - already_written
+    partial = output.with_name(output.name + ".partial")
+    written = sum(f.stat().st_size for f in partial.glob("*.safetensors")) if resume and partial.is_dir() else 0
+    needed = plan.output_bytes - written
     if needed * 1.02 > free:
         raise InputError(
             f"{output}: the disk is too full: the result takes about {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB "

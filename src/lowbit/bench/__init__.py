@@ -134,8 +134,7 @@ def _alternate(
 
 
 def _result(worker: Worker, scenario: Scenario, runs: list[dict[str, Any]], peak: float) -> dict[str, Any]:
-    tpot = _summary([r["tpot_s"] for r in runs])
-    end = _summary([r["e2e_s"] for r in runs])
+    tpots, ends = [r["tpot_s"] for r in runs], [r["e2e_s"] for r in runs]
     read = worker.facts["weight_bytes_per_token"] + runs[-1]["kv_bytes_per_token"]
     memory = max(r["peak_memory_bytes"] for r in runs)
     return {
@@ -143,10 +142,10 @@ def _result(worker: Worker, scenario: Scenario, runs: list[dict[str, Any]], peak
         "runtime": worker.facts["runtime"],
         "scenario": asdict(scenario),
         "ttft_s": _summary([r["ttft_s"] for r in runs]),
-        "tpot_s": tpot,
-        "e2e_s": end,
-        "throughput_tokens_per_s": scenario.batch_size * scenario.output_length / end["median"],
-        "mbu": read / tpot["median"] / peak,
+        "tpot_s": _summary(tpots),
+        "e2e_s": _summary(ends),
+        "throughput_tokens_per_s": scenario.batch_size * scenario.output_length / float(np.median(ends)),
+        "mbu": read / float(np.median(tpots)) / peak,
         "weight_bytes": worker.facts["weight_bytes"],
         "peak_memory_bytes": memory,
         "memory_above_import_bytes": memory - runs[-1]["baseline_memory_bytes"],

@@ -43,7 +43,8 @@ def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
     stream = np.unpackbits(packed.contiguous().numpy().view(np.uint8), axis=1, bitorder="little")
     fields = stream[:, : n * bits].reshape(len(stream), n, bits)
     unsigned = np.packbits(fields, axis=-1, bitorder="little")[..., 0]
-    return (torch.from_numpy(unsigned).to(torch.int16) - 2 ** (bits - 1)).to(torch.int8)
+    signed: Tensor = torch.from_numpy(unsigned).to(torch.int16) - 2 ** (bits - 1)
+    return signed.to(torch.int8)
 
 
 def pack(name: str, quantized: QuantizedTensor, scheme: Scheme) -> dict[str, Tensor]:

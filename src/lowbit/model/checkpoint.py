@@ -179,7 +179,9 @@ def _shard_files(path: Path) -> dict[str, str]:
     if not (path / INDEX).exists():
         if (path / SINGLE).exists():
             return {"*": SINGLE}
-        if (pickles := sorted(f.name for f in path.glob("*.bin"))) or (pickles := sorted(path.glob("*.pt*"))):
+        if (pickles := sorted(f.name for f in path.glob("*.bin"))) or (
+            pickles := sorted(f.name for f in path.glob("*.pt*"))
+        ):
             raise InputError(
                 f"{path}: only pickle files ({pickles[0]}) and no safetensors. lowbit does not load pickles, because "
                 "they can run code. Convert once in a place you trust: "
@@ -213,7 +215,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             header = json.loads(stream.read(length))
     except (SafetensorError, OSError, struct.error, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InputError(
-            f"{file}: not a whole safetensors file ({size} bytes): {error}. It was cut short or damaged; fetch it again."
+            f"{file}: not a whole safetensors file ({size} bytes): {error}. Cut short or damaged; fetch it again."
         ) from error
     return {
         name: TensorInfo(file.name, e["dtype"], tuple(e["shape"]), e["data_offsets"][1] - e["data_offsets"][0])

@@ -57,7 +57,8 @@ class Entry:
         """The hidden states after `block`, the index-th."""
         args, kwargs = self.arguments[index]
         output = block(self.hidden, *args, **kwargs)
-        return output[0] if isinstance(output, tuple) else output
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden
 
 
 class _PassedAllBlocks(Exception):

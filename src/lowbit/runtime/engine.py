@@ -108,7 +108,7 @@ class Engine:
         """Weight bytes that one decoding step reads: all but the embedding table, of which it reads one row."""
         embedding = self.model.get_input_embeddings().weight
         tied = self._tied_bytes() > 0
-        return self.weight_bytes - (0 if tied else embedding.nbytes) + embedding.nbytes // embedding.shape[0]
+        return self.weight_bytes - (0 if tied else int(embedding.nbytes)) + int(embedding.nbytes) // len(embedding)
 
     def kv_bytes(self, context: int) -> int:
         """Bytes of keys and values that one step reads at a context of that many tokens, for one sequence."""
@@ -120,7 +120,7 @@ class Engine:
     def _tied_bytes(self) -> int:
         head, embedding = self.model.get_output_embeddings(), self.model.get_input_embeddings()
         tied = head is not None and getattr(head, "weight", None) is embedding.weight
-        return embedding.weight.nbytes if tied else 0
+        return int(embedding.weight.nbytes) if tied else 0
 
     @property
     def kernels(self) -> dict[str, int]:

@@ -45,6 +45,9 @@ def _int4_group(weight: TensorScheme, columns: int) -> int:
 class QuantizedLinear(nn.Module):
     """y = x Wᵀ + b from a QuantizedTensor. x (..., in) in `dtype`; y (..., out) in the same."""
 
+    codes: Tensor
+    scales: Tensor
+
     def __init__(self, quantized: QuantizedTensor, scheme: Scheme, bias: Tensor | None, dtype: torch.dtype) -> None:
         super().__init__()
         self.kernel = choose_kernel(quantized, scheme)
@@ -89,7 +92,8 @@ class QuantizedLinear(nn.Module):
                 )
                 y = nn.functional.linear(rows, self.codes)
         y = y.reshape(*x.shape[:-1], self.out_features)
-        return y if self.bias is None else y + self.bias
+        biased: Tensor = y if self.bias is None else y + self.bias
+        return biased
 
     def _int8_product(self, rows: Tensor) -> Tensor:
         """int8 x int8 -> int32, scaled once by token and once by output: numerics.fake_quantize_activation's grid."""
@@ -97,4 +101,5 @@ class QuantizedLinear(nn.Module):
         scale = x.abs().amax(1, keepdim=True) / 127
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
         codes = (x / scale).round().to(torch.int8)
-        return (torch._int_mm(codes, self.codes.T).float() * scale * self.scales).to(rows.dtype)
+        product: Tensor = torch._int_mm(codes, self.codes.T).float() * scale * self.scales
+        return product.to(rows.dtype)

@@ -1,0 +1,133 @@
+"""lowbit evaluate, lowbit bench"""
+
+from typing import Annotated, Any
+
+import typer
+
+from lowbit.cli.options import (
+    Json,
+    Quiet,
+    Runtime,
+    Seed,
+    Verbose,
+    begin,
+    check_runtime,
+    finish,
+    megabytes,
+    numbers,
+    percent,
+    table,
+)
+from lowbit.errors import QualityGateError
+
+Models = Annotated[list[str], typer.Argument(help="Model directories, hub ids or 'demo'.")]
+Against = Annotated[str | None, typer.Option(help="The model to compare with.")]
+
+
+def evaluate(
+    models: Models,
+    against: Against = None,
+    text: Annotated[str | None, typer.Option(metavar="FILE", help="A .txt or .jsonl to measure on.")] = None,
+    seq_len: Annotated[int | None, typer.Option(help="Tokens a window (default: the context, at most 2048).")] = None,
+    max_ppl_increase: Annotated[str | None, typer.Option(metavar="1%", help="Gate: exit 3 above this.")] = None,
+    max_kl: Annotated[float | None, typer.Option(help="Gate: exit 3 above this KL divergence.", min=0)] = None,
+    runtime: Runtime = "auto",
+    json: Json = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure accuracy: perplexity, KL divergence and agreement with the original."""
+    begin(quiet, verbose)
+    limit = percent(max_ppl_increase, "--max-ppl-increase")
+    kind = check_runtime(runtime)
+    from lowbit.evaluate import evaluate as run
+
+    document = run(models, text, against=against, seq_len=seq_len, runtime=kind, max_ppl_increase=limit, max_kl=max_kl)
+    finish("evaluate", document, json, accuracy_table(document))
+    missed = [(r["model"], g) for r in document["results"] for g in r["gates"] if not g["met"]]
+    if missed:
+        lines = [f"{m}: {g['gate']} is {g['value']:.4g}, above the limit {g['limit']:.4g}" for m, g in missed]
+        raise QualityGateError("quality gate not met: " + "; ".join(lines))
+
+
+def accuracy_table(document: dict[str, Any]) -> str:
+    reference, floor = document["reference"], document["noise_floor"]
+    rows = [
+        [f"{reference['model']} (reference)", f"{reference['perplexity']:.4f}", "", "", "", reference["runtime"]],
+        [
+            "noise floor",
+            f"{floor['perplexity']:.4f}",
+            f"{floor['perplexity'] / reference['perplexity'] - 1:+.2%}",
+            f"{floor['kl']:.5f}",
+            f"{floor['top1_agreement']:.1%}",
+            floor["runtime"],
+        ],
+    ]
+    for r in document["results"]:
+        rows.append(
+            [
+                r["model"],
+                f"{r['perplexity']:.4f}",
+                f"{r['perplexity_increase']:+.2%} ± {r['perplexity_increase_stderr']:.2%}",
+                f"{r['kl']['mean']:.5f} ± {r['kl']['stderr']:.5f}",
+                f"{r['top1_agreement']:.1%}",
+                r["runtime"],
+            ]
+        )
+    head = f"{document['text']}: {document['tokens']} tokens in {document['windows']} windows of {document['seq_len']}"
+    return head + "\n" + table(["model", "perplexity", "increase", "KL", "same top token", "runtime"], rows)
+
+
+def bench(
+    models: Models,
+    against: Against = None,
+    prompt_lengths: Annotated[str, typer.Option(metavar="N,...", help="Prompt tokens.")] = "128",
+    output_lengths: Annotated[str, typer.Option(metavar="N,...", help="Generated tokens.")] = "64",
+    batch_sizes: Annotated[str, typer.Option(metavar="N,...", help="Sequences at once.")] = "1",
+    repeats: Annotated[int, typer.Option(help="Counted runs of each, after one warm-up.")] = 5,
+    runtime: Runtime = "auto",
+    seed: Seed = 0,
+    json: Json = None,
+    quiet: Quiet = False,
+    verbose: Verbose = False,
+) -> None:
+    """Measure speed and memory, models taking turns."""
+    begin(quiet, verbose)
+    kind = check_runtime(runtime)
+    from lowbit.bench import bench as run
+
+    document = run(
+        models,
+        against=against,
+        prompt_lengths=numbers(prompt_lengths, "--prompt-lengths"),
+        output_lengths=numbers(output_lengths, "--output-lengths"),
+        batch_sizes=numbers(batch_sizes, "--batch-sizes"),
+        repeats=repeats,
+        runtime=kind,
+        seed=seed,
+    )
+    finish("bench", document, json, speed_table(document), seed)
+
+
+def speed_table(document: dict[str, Any]) -> str:
+    rows = []
+    for r in document["results"]:
+        s = r["scenario"]
+        ratio = next((q["tpot"] for q in document["ratios"] if q["model"] == r["model"] and q["scenario"] == s), None)
+        rows.append(
+            [
+                r["model"],
+                f"{s['prompt_length']}+{s['output_length']} x {s['batch_size']}",
+                f"{r['ttft_s']['median'] * 1e3:.1f} ms",
+                f"{r['tpot_s']['median'] * 1e3:.2f} ms",
+                "" if ratio is None else f"{ratio:.2f}x",
+                f"{r['throughput_tokens_per_s']:.0f}",
+                f"{r['mbu']:.0%}",
+                megabytes(r["weight_bytes"]),
+                megabytes(r["peak_memory_bytes"]),
+            ]
+        )
+    headers = ["model", "tokens x batch", "TTFT", "TPOT", "speed-up", "tokens/s", "MBU", "weights", "peak memory"]
+    runtimes = "\n".join(dict.fromkeys(f"{r['model']}: {r['runtime']}" for r in document["results"]))
+    peak = f"read bandwidth measured here: {document['peak_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s"
+    return table(headers, rows) + "\n" + peak + "\n" + runtimes

@@ -1,0 +1,136 @@
+"""Rounding the linears that share one input: the method, the guard, and the report on each.
+
+The guard: a method's result is kept only where its output error on held-out calibration windows is no larger than
+plain round-to-nearest's; otherwise RTN stands and the report's `fallback` says why. Nothing falls back silently.
+"""
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowbit.algorithms import METHODS, make_settings
+from lowbit.algorithms.rtn import rtn
+from lowbit.errors import InputError
+from lowbit.recipe import Recipe
+from lowbit.scheme import Scheme
+from lowbit.stats import Hessian, quadratic_loss
+from lowbit.tensor import QuantizedTensor
+
+HELD_OUT = 16  # one batch in this many checks the method instead of feeding it
+UNREACHED = "no calibration token reached this layer: rtn"
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """One linear's result, and what the manifest says about it."""
+
+    quantized: QuantizedTensor
+    report: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Statistics:
+    """Of one input: what the method sees, and what judges it."""
+
+    train: Hessian
+    held_out: Hessian
+
+    @staticmethod
+    def collect(inputs: Iterable[Tensor], width: int, batches: int) -> "Statistics":
+        """The last sixteenth of the batches (at least one of two) is held out."""
+        statistics = Statistics(Hessian(width), Hessian(width))
+        first_held_out = batches - max(batches // HELD_OUT, 1 if batches > 1 else 0)
+        for n, x in enumerate(inputs):
+            (statistics.train if n < first_held_out else statistics.held_out).update(x)
+        return statistics
+
+    def loss(self, error: Tensor) -> tuple[float, float | None]:
+        """(loss under all calibration rows, loss under the held-out ones if there are any) of an error (out, in)."""
+        every = Hessian(self.train.width)
+        every.merge(self.train)
+        every.merge(self.held_out)
+        held_out = quadratic_loss(error, self.held_out.mean()) if self.held_out.rows else None
+        return quadratic_loss(error, every.mean()), held_out
+
+
+def round_linears(
+    weights: Mapping[str, Tensor],
+    scheme: Scheme,
+    statistics: Statistics | None,
+    recipe: Recipe,
+    scale_dtype: torch.dtype,
+) -> dict[str, Rounded]:
+    """Quantize linears (out_i, in), by full name, that share an input and a scheme.
+
+    They are rows of one matrix where no scale spans rows: one factorization, one sweep. `statistics` is None for a
+    recipe without calibration data. Raises InputError if the activations are mostly not finite.
+    """
+    grid = scheme.weight
+    assert grid is not None
+    if grid.granularity not in ("channel", "group") and len(weights) > 1:
+        alone = ({name: weight} for name, weight in weights.items())
+        return {k: v for w in alone for k, v in round_linears(w, scheme, statistics, recipe, scale_dtype).items()}
+    started = time.perf_counter()
+    stacked = torch.cat([w.float() for w in weights.values()])
+    plain = rtn(stacked, grid, scale_dtype)
+    result, notes, fallback = _apply(stacked, scheme, statistics, recipe, plain)
+    sizes = [len(w) for w in weights.values()]
+    whole = len(sizes) == 1
+    parts = zip(
+        weights.items(),
+        [result] if whole else result.split_rows(sizes),
+        [plain] if whole else plain.split_rows(sizes),
+        strict=True,
+    )
+    rounded = {}
+    for (name, weight), mine, theirs in parts:
+        chosen, reason = mine, fallback
+        loss = loss_rtn = None
+        if statistics is not None and statistics.train.rows:
+            loss, held_out = statistics.loss(weight.float() - mine.dequantize())
+            loss_rtn, held_out_rtn = statistics.loss(weight.float() - theirs.dequantize())
+            if reason is None and held_out is not None and held_out_rtn is not None and held_out > held_out_rtn:
+                chosen, reason, loss = theirs, "worse than rtn on held-out windows: rtn", loss_rtn
+        report = {
+            "name": name,
+            "scheme": str(scheme),
+            "bits": chosen.stored_bits / chosen.codes.numel(),
+            "weights": chosen.codes.numel(),
+            "loss_rtn": loss_rtn,
+            "loss": loss,
+            "seconds": (time.perf_counter() - started) / len(sizes),
+            "fallback": reason,
+        }
+        rounded[name] = Rounded(chosen, report | notes)
+    return rounded
+
+
+def _apply(
+    weight: Tensor, scheme: Scheme, statistics: Statistics | None, recipe: Recipe, plain: QuantizedTensor
+) -> tuple[QuantizedTensor, dict[str, Any], str | None]:
+    """(the method's result, what to note, None), or RTN and the reason where the statistics do not allow it."""
+    method = METHODS[recipe.method]
+    settings = make_settings(recipe.method, dict(recipe.set))
+    assert scheme.weight is not None
+    if statistics is None:
+        result, notes = method.rounding(weight, None, scheme.weight, settings, plain.scale.dtype)
+        return result, notes, None
+    train = statistics.train
+    bad, total = train.bad_rows, train.rows + train.bad_rows
+    if bad > 0.1 * total:
+        raise InputError(
+            f"{bad} of {total} calibration activations of a layer are not finite: the model overflows on this text. "
+            "Check the checkpoint and the calibration data."
+        )
+    if train.rows == 0:
+        return plain, {}, UNREACHED
+    noted = {"bad_rows": bad} if bad else {}
+    try:
+        result, notes = method.rounding(weight, train.mean(), scheme.weight, settings, plain.scale.dtype)
+    except ValueError as error:
+        return plain, noted, f"{error}: rtn"
+    return result, noted | notes, None
