@@ -24,7 +24,8 @@ from torch import Tensor
 from lowbit.errors import InputError
 
 MANIFEST = "lowbit.json"
-_IDENTITY = "work.json"
+_WORK = ".work"  # inside OUT.partial: what only the work itself needs
+_IDENTITY = "identity.json"
 
 
 class Work:
@@ -38,22 +39,15 @@ class Work:
         with disk_errors(self.path):
             if self.path.exists() and not resume:
                 shutil.rmtree(self.path)
-            if (self.path / _IDENTITY).exists():
-                self._check_same(identity)
+            if (self._state / _IDENTITY).exists():
+                check_same(self.path, json.loads((self._state / _IDENTITY).read_text()), identity)
             else:
-                self.path.mkdir(parents=True, exist_ok=True)
-                write_json(self.path / _IDENTITY, identity)
+                self._state.mkdir(parents=True, exist_ok=True)
+                write_json(self._state / _IDENTITY, identity)
 
-    def _check_same(self, identity: Mapping[str, Any]) -> None:
-        before = json.loads((self.path / _IDENTITY).read_text())
-        now = json.loads(json.dumps(identity))
-        changed = [k for k in now if before.get(k) != now[k]]
-        if changed:
-            details = "; ".join(f"{k}: was {_short(before.get(k))}, is {_short(now[k])}" for k in changed)
-            raise InputError(
-                f"{self.path}: the interrupted run was another job, so it cannot be resumed ({details}). Repeat the "
-                "original command with --resume, or start over with --force."
-            )
+    @property
+    def _state(self) -> Path:
+        return self.path / _WORK
 
     def write_shard(self, name: str, tensors: Mapping[str, Tensor]) -> None:
         with disk_errors(self.path):
@@ -63,18 +57,16 @@ class Work:
     def write_report(self, name: str, report: Any) -> None:
         """What is to be remembered of a shard; its existence means that the shard is whole and proved."""
         with disk_errors(self.path):
-            write_json(self.path / f"{name}.json", report)
+            write_json(self._state / f"{name}.json", report)
 
     def report(self, name: str) -> Any | None:
         """What was reported with a finished shard, or None if it is not finished."""
-        file = self.path / f"{name}.json"
+        file = self._state / f"{name}.json"
         return json.loads(file.read_text()) if file.exists() else None
 
     def close(self) -> None:
-        """Remove what only the work needed and give the directory its final name."""
+        """Give the directory its final name and remove what only the work needed."""
         with disk_errors(self.path):
-            for file in [*self.path.glob("*.safetensors.json"), self.path / _IDENTITY]:
-                file.unlink(missing_ok=True)
             replaced = None
             if self.output.exists() and any(self.output.iterdir()):
                 replaced = self.output.with_name(self.output.name + ".replaced")
@@ -82,6 +74,7 @@ class Work:
                 self.output.rename(replaced)
             self.path.rename(self.output)
             _sync_directory(self.output.parent)
+            shutil.rmtree(self.output / _WORK, ignore_errors=True)
             if replaced:
                 shutil.rmtree(replaced)
 
@@ -91,11 +84,23 @@ def check_output(output: Path, *, resume: bool, force: bool) -> None:
     partial = output.with_name(output.name + ".partial")
     if output.exists() and not output.is_dir():
         raise InputError(f"{output}: is a file; give the name of a directory to make.")
-    if output.exists() and any(output.iterdir()) and not force:
+    if output.exists() and any(output.iterdir()) and not force and not (resume and (output / MANIFEST).exists()):
         raise InputError(f"{output}: exists and is not empty. Give another name, or replace it with --force.")
     if partial.exists() and not (resume or force):
         raise InputError(
             f"{partial}: an earlier run was interrupted. Finish it with --resume, or throw it away with --force."
+        )
+
+
+def check_same(path: Path, before: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Raise InputError, naming what differs, if `path` holds another job than `identity`."""
+    now = json.loads(json.dumps(identity))
+    changed = [k for k in now if before.get(k) != now[k]]
+    if changed:
+        details = "; ".join(f"{k}: was {_short(before.get(k))}, is {_short(now[k])}" for k in changed)
+        raise InputError(
+            f"{path}: belongs to another job, so it cannot be resumed ({details}). Repeat the original command with "
+            "--resume, or start over with --force."
         )
 
 
@@ -153,8 +158,8 @@ def file_hashes(path: Path) -> dict[str, str]:
     return hashes
 
 
-# the manifest holds the hashes; measurements are added to a finished directory later; the rest is the work's own
-UNHASHED = {MANIFEST, _IDENTITY, "evaluate.json", "bench.json"}
+# the manifest holds the hashes; measurements are added to a finished directory later
+UNHASHED = {MANIFEST, "evaluate.json", "bench.json"}
 
 
 def read_manifest(path: Path) -> dict[str, Any]:

@@ -55,6 +55,7 @@ def finish_directory(
     schemes: Mapping[str, Scheme],
     recipe: Recipe,
     calibration: Calibration | None,
+    identity: Mapping[str, Any],
     document: dict[str, Any],
 ) -> None:
     """Write everything beside the shards; the manifest last, because it holds the others' hashes."""
@@ -73,7 +74,7 @@ def finish_directory(
             "calibration": None
             if calibration is None
             else {"source": calibration.source, "digest": calibration.digest, "tokens": calibration.tokens.numel()},
-            "versions": versions(),
+            "identity": identity,
             "summary": {k: v for k, v in document.items() if k not in ("layers", "output")},
             "layers": document["layers"],
             "fingerprint": fingerprint(open_checkpoint(work.path)),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowbit.algorithms import METHODS
-from lowbit.artifact import Work, check_output
+from lowbit.artifact import MANIFEST, Work, check_output, check_same, read_manifest
 from lowbit.calibration import Calibration, load_calibration
 from lowbit.console import note, track
 from lowbit.errors import InputError
@@ -72,17 +72,21 @@ def quantize(
     calibration = find_calibration(checkpoint, recipe)
     checkpoint.check_finite()
     identity = {
+        **recipe.to_dict(),
         "model": checkpoint.digest,
-        "calibration": calibration.digest if calibration else None,
-        "recipe": recipe.to_dict() | {"calibration": None},  # a moved file with the same windows is the same job
+        "calibration": calibration.digest if calibration else None,  # a moved file with the same text is the same job
         "versions": versions(),
         "threads": torch.get_num_threads(),
     }
+    if resume and (output / MANIFEST).exists():
+        manifest = read_manifest(output)
+        check_same(output, manifest["identity"], identity)
+        return manifest["summary"] | {"output": str(output), "layers": manifest["layers"]}
     work = Work(output, identity, resume=resume, force=force)
     job = _Job(net, open_source(net, checkpoint), blocks, plan, recipe, work)
     layers = job.run(calibration)
     document = document_of(output, recipe, layers, time.perf_counter() - start)
-    finish_directory(work, checkpoint, plan.schemes, recipe, calibration, document)
+    finish_directory(work, checkpoint, plan.schemes, recipe, calibration, identity, document)
     work.close()
     return document
 

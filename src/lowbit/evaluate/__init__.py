@@ -47,7 +47,7 @@ def evaluate(
     reference = load(original, "float32")
     window = seq_len or min(reference.context_length, MAX_DEFAULT_WINDOW)
     if window > reference.context_length:
-        raise InputError(f"--seq-len {window} exceeds the model's context of {reference.context_length} tokens.")
+        raise InputError(f"--seq-len {window} exceeds the model's context ({reference.context_length}).")
     windows = cut_windows(ids, window, str(text))
 
     floor_engine = load(original, runtime)

@@ -59,12 +59,9 @@ def recommend(candidates: Sequence[dict[str, Any]], limits: Limits) -> dict[str,
     key, what = OBJECTIVES[limits.optimize]
     good = [c for c in candidates if c["verdict"] == "ok"]
     if good:
-        best = max(good, key=lambda c: c["ratio"][key])
-        # among equally fast ones (3 %), the most accurate
-        best = min(
-            (c for c in good if c["ratio"][key] > best["ratio"][key] / LEAST_GAIN),
-            key=lambda c: c["evaluate"]["kl"]["mean"],
-        )
+        most = max(c["ratio"][key] for c in good)
+        as_fast = [c for c in good if c["ratio"][key] > most / LEAST_GAIN]
+        best = min(as_fast, key=lambda c: c["evaluate"]["kl"]["mean"])
         e, ratio = best["evaluate"], best["ratio"]
         return {
             "name": best["name"],
