@@ -1,6 +1,7 @@
 """Small real things to test on: a random Llama in a directory, a tokenizer, text. No network, one thread."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 from lowbit.console import set_verbosity
 from lowbit.model.checkpoint import DEMO
 
+os.environ["TOKENIZERS_PARALLELISM"] = "false"  # some tests fork
 torch.set_num_threads(1)
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
@@ -40,6 +42,11 @@ def save_tiny_llama(path: Path, dtype: torch.dtype = torch.bfloat16, seed: int =
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(DEMO / "model" / name, path / name)
     return path
+
+
+@pytest.fixture(scope="session")
+def make_llama() -> Callable[..., Path]:
+    return save_tiny_llama
 
 
 @pytest.fixture(scope="session")

@@ -142,6 +142,16 @@ def test_small_rows_keep_their_relative_precision(scheme: TensorScheme, dtype: t
     assert float(error.norm() / x.norm()) < 0.04
 
 
+@pytest.mark.parametrize("scheme", [int_scheme(2), int_scheme(8), int_scheme(4, False), FP8], ids=str)
+def test_the_largest_finite_weights_stay_finite(scheme: TensorScheme) -> None:
+    largest = torch.finfo(torch.bfloat16).max
+    x = torch.full(SHAPE, largest)
+    x[:, ::2] = -largest
+    scale, zero = choose_qparams(x, scheme)
+    assert bool(scale.isfinite().all())
+    assert bool(dequantize(quantize(x, scale, zero, scheme), scale, zero, scheme).abs().amax() > largest / 4)
+
+
 def test_fp8_codes_are_torchs_own_cast() -> None:
     x = torch.randn(64, 64, generator=torch.Generator().manual_seed(0)) * 100
     scale = torch.ones(64, 1)

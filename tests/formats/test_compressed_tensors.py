@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
 from torch import Tensor
@@ -129,9 +130,9 @@ def test_sizes_on_disk() -> None:
 @pytest.mark.parametrize(
     ("part", "damage", "message"),
     [
-        ("weight_packed", lambda t: t[:, 1:].contiguous(), r"weight_packed is torch.int32 \[64, 31\].*need int32 \[64, 32\]"),
+        ("weight_packed", lambda t: t[:, 1:].contiguous(), r"int32 \[64, 31\].*need int32 \[64, 32\]"),
         ("weight_packed", lambda t: t.long(), "weight_packed is torch.int64"),
-        ("weight_scale", lambda t: t[:, :1].contiguous(), r"weight_scale has 64 entries, w4a16-g128-asym .* needs \(64, 2\)"),
+        ("weight_scale", lambda t: t[:, :1].contiguous(), r"has 64 entries, w4a16-g128-asym .* needs \(64, 2\)"),
         ("weight_shape", lambda t: t[:1], r"weight_packed is .* shape \[64\] need"),
     ],
 )  # fmt: skip
@@ -158,6 +159,28 @@ def test_config_is_a_valid_quantization_config(text: str) -> None:
     assert (group.input_activations is not None) == (scheme.activation is not None)
     assert parsed.ignore == ["lm_head"]
     assert config["format"] == format_of(scheme)
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("text", [*SCHEMES[:10], "w4a16-channel-asym", "w3a16-g64-asym"])
+def test_compressed_tensors_own_compressor_writes_and_reads_the_same(text: str) -> None:
+    scheme = Scheme.parse(text)
+    assert scheme.weight is not None
+    weight = torch.randn(128, 256, generator=torch.Generator().manual_seed(0))
+    quantized = rtn(weight, scheme.weight, torch.bfloat16)
+    mine = {n.removeprefix("a."): t for n, t in pack("a", quantized, scheme).items()}
+    config = QuantizationConfig.model_validate(quantization_config({"a": scheme}))
+    theirs = config.config_groups["group_0"]
+    state = {"weight": quantized.dequantize(), "weight_scale": mine["weight_scale"].float()}
+    if quantized.zero_point is not None:
+        tensor = scheme.weight.granularity == "tensor"
+        state["weight_zero_point"] = quantized.zero_point.reshape(1) if tensor else quantized.zero_point
+    written = PackedQuantizationCompressor.compress(state, theirs)
+    assert written.keys() == mine.keys()
+    for name in mine.keys() - {"weight_scale"}:
+        assert torch.equal(written[name], mine[name]), name
+    read = PackedQuantizationCompressor.decompress(mine | {"weight_scale": state["weight_scale"]}, theirs)
+    assert torch.equal(read["weight"], quantized.dequantize())
 
 
 @pytest.mark.interop

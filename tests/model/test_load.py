@@ -3,7 +3,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_tiny_llama
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -35,8 +34,8 @@ def test_materialize_and_release_one_block(tiny: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_whole_model_is_transformers_own(tmp_path: Path, tied: bool) -> None:
-    path = save_tiny_llama(tmp_path / "model", torch.float32, tie_word_embeddings=tied)
+def test_a_whole_model_is_transformers_own(make_llama: Callable[..., Path], tmp_path: Path, tied: bool) -> None:
+    path = make_llama(tmp_path / "model", torch.float32, tie_word_embeddings=tied)
     checkpoint = open_checkpoint(path)
     assert ("lm_head.weight" in checkpoint.tensors) == (not tied)
     model = skeleton(checkpoint)
@@ -99,13 +98,13 @@ def test_damaged_tokenizer(broken: Path) -> None:
         load_tokenizer(open_checkpoint(broken))
 
 
-def test_tokenizer_of_another_model(tmp_path: Path) -> None:
-    checkpoint = open_checkpoint(save_tiny_llama(tmp_path / "model", vocab_size=256))
+def test_tokenizer_of_another_model(make_llama: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(make_llama(tmp_path / "model", vocab_size=256))
     with pytest.raises(InputError, match="the tokenizer has 4096 tokens but the embedding only 256 rows"):
         load_tokenizer(checkpoint)
 
 
 def test_transformers_settings_stay_as_they_were(tiny: Path) -> None:
-    assert not transformers_logging.is_progress_bar_enabled()  # switched off in conftest.py
+    transformers_logging.disable_progress_bar()
     skeleton(open_checkpoint(tiny))
     assert not transformers_logging.is_progress_bar_enabled()
