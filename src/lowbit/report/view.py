@@ -16,14 +16,8 @@ _Z95 = 1.96  # two-sided 95 % of a normal distribution
 _OBJECTIVES = {  # limits.optimize -> (key of `ratio`, words above 1, words below 1)
     "tpot": ("tpot", "faster per token", "slower per token"),
     "ttft": ("ttft", "sooner to the first token", "later to the first token"),
-    "throughput": ("throughput", "more throughput", "less throughput"),
-    "memory": ("memory", "less peak memory", "more peak memory"),
-}
-_WISHES = {
-    "tpot": "faster per token",
-    "ttft": "sooner to the first token",
-    "throughput": "higher in throughput",
-    "memory": "smaller in memory",
+    "throughput": ("throughput", "higher in throughput", "lower in throughput"),
+    "memory": ("memory", "smaller in memory", "larger in memory"),
 }
 
 
@@ -32,16 +26,18 @@ def view(document: dict[str, Any]) -> dict[str, Any]:
     original = document.get("original") or {}
     candidates = document.get("candidates") or []
     answer = get(document, "recommendation", "name")
-    chosen = next((c for c in candidates if c.get("name") == answer), None)
-    first = [c for c in candidates if c is chosen] + [c for c in candidates if c is not chosen]
+    chosen = next((c for c in candidates if answer and c.get("name") == answer), None)
+    first: list[dict[str, Any]] = sorted(candidates, key=lambda c: c is not chosen)
     chart = _chart(document, chosen)
     return {
         "title": _title(document, chosen),
         "sentence": _sentence(document, chosen),
+        "chosen": get(chosen, "name"),
         "model": text(document.get("model")),
         "version": text(document.get("lowbit_version")),
         "reasons": get(document, "recommendation", "reasons") or [],
         "tiles": _tiles(document, original, chosen),
+        "columns": COLUMNS,
         "rows": [_original_row(original), *(_candidate_row(c, c is chosen) for c in candidates)],
         "chart": chart,
         "chart_words": _chart_words(chart),
@@ -51,7 +47,6 @@ def view(document: dict[str, Any]) -> dict[str, Any]:
         "floor": _floor(original),
         "reproduce": _reproduce(document),
         "deploy": _deploy(document, chosen),
-        "limit": percent(get(document, "limits", "max_ppl_increase"), "+"),
     }
 
 
@@ -96,19 +91,23 @@ def percent(value: Any, sign: str = "", decimals: int = 2) -> str:
     shown = f"{100 * x:{sign}.{decimals if abs(x) < 0.1 else min(decimals, 1)}f}"
     if "." in shown:
         shown = shown.rstrip("0").rstrip(".")
-    return f"{'0' if shown in ('+0', '-0') else shown} %".replace("-", "−")
+    return f"{'0' if shown in ('+0', '-0') else shown}\u00a0%".replace("-", "−")
+
+
+def _signed(value: Any) -> str:
+    return percent(value, "+")
 
 
 def milliseconds(seconds: Any) -> str:
     x = number(seconds)
-    return NONE if x is None else f"{digits(1e3 * x)} ms"
+    return NONE if x is None else f"{digits(1e3 * x)}\u00a0ms"
 
 
 def size(n: Any) -> str:
     x = number(n)
     if x is None:
         return NONE
-    return f"{digits(x / 1e9)} GB" if x >= 1e9 else f"{digits(x / 1e6)} MB"
+    return f"{digits(x / 1e9)}\u00a0GB" if x >= 1e9 else f"{digits(x / 1e6)}\u00a0MB"
 
 
 def duration(seconds: Any) -> str:
@@ -150,81 +149,83 @@ def _says_original(document: dict[str, Any]) -> bool:
 
 
 def _sentence(document: dict[str, Any], chosen: dict[str, Any] | None) -> str:
-    objective = get(document, "limits", "optimize") or "tpot"
+    key, more, less = _OBJECTIVES.get(get(document, "limits", "optimize"), _OBJECTIVES["tpot"])
     if chosen is None:
         if not _says_original(document):
             return "No recommendation was made."
         limit = get(document, "limits", "max_ppl_increase")
         within = "" if limit is None else f" within a perplexity increase of {percent(limit)}"
-        return f"Do not quantize: nothing measured here is {_WISHES.get(objective, 'better')}{within}."
-    key, more, less = _OBJECTIVES.get(objective, _OBJECTIVES["tpot"])
+        return f"Do not quantize: nothing measured here is {more}{within}."
     gain, cost = get(chosen, "ratio", key), get(chosen, "evaluate", "perplexity_increase")
     parts = [] if number(gain) is None else [times(gain, more, less)]
     parts += [] if number(cost) is None else [f"{percent(cost, '+')} perplexity"]
     return f"Use {chosen['name']}" + (f": {', '.join(parts)}." if parts else ".")
 
 
-def _tiles(document: dict[str, Any], original: dict[str, Any], chosen: dict[str, Any] | None) -> list[dict[str, str]]:
+def _tiles(document: dict[str, Any], original: dict[str, Any], chosen: dict[str, Any] | None) -> list[dict[str, Any]]:
     """The four numbers a manager asks for; without a candidate, those of the original."""
     before, after = original.get("bench"), get(chosen, "bench")
-    limit = get(document, "limits", "max_ppl_increase")
 
     def change(*keys: str, write: Any) -> str:
         return f"{write(get(before, *keys))} → {write(get(after, *keys))}"
 
     if chosen is None:
         tiles = [
-            ("Time per token", milliseconds(get(before, "tpot_s", "median")), "the original"),
-            ("First token", milliseconds(get(before, "ttft_s", "median")), "the original"),
-            ("Weights", size(get(before, "weight_bytes")), "the original"),
-            ("Perplexity", digits(get(original, "evaluate", "perplexity"), 4), "the original"),
+            ("Time per token", milliseconds(get(before, "tpot_s", "median")), ["the original"]),
+            ("First token", milliseconds(get(before, "ttft_s", "median")), ["the original"]),
+            ("Weights", size(get(before, "weight_bytes")), ["the original"]),
+            ("Perplexity", digits(get(original, "evaluate", "perplexity"), 4), ["the original"]),
         ]
     else:
         small, large = number(get(after, "weight_bytes")), number(get(before, "weight_bytes"))
-        ratio = large / small if small and large else None
         cost, error = (get(chosen, "evaluate", k) for k in ("perplexity_increase", "perplexity_increase_stderr"))
-        spread = interval95(cost, error, lambda x: percent(x, "+"))
-        words = ([f"95 %: {spread}"] if spread else []) + (
-            [f"limit {percent(limit, '+')}"] if limit is not None else []
-        )
+        spread, limit = interval95(cost, error, _signed), get(document, "limits", "max_ppl_increase")
+        words = [f"95\u00a0%: {spread}"] if spread else []
+        words += [f"limit {_signed(limit)}"] if number(limit) is not None else []
         speed, first = get(chosen, "ratio", "tpot"), get(chosen, "ratio", "ttft")
         tiles = [
-            ("Time per token", times(speed, "faster", "slower"), change("tpot_s", "median", write=milliseconds)),
-            ("Perplexity", percent(cost, "+"), "; ".join(words) or NONE),
-            ("Weights", times(ratio, "smaller", "larger"), change("weight_bytes", write=size)),
-            ("First token", times(first, "sooner", "later"), change("ttft_s", "median", write=milliseconds)),
+            ("Time per token", times(speed, "faster", "slower"), [change("tpot_s", "median", write=milliseconds)]),
+            ("Perplexity", _signed(cost), words),
+            (
+                "Weights",
+                times(large / small if small and large else None, "smaller", "larger"),
+                [change("weight_bytes", write=size)],
+            ),
+            ("First token", times(first, "sooner", "later"), [change("ttft_s", "median", write=milliseconds)]),
         ]
-    return [{"label": label, "value": value, "detail": detail} for label, value, detail in tiles if value != NONE]
+    return [{"label": label, "value": value, "lines": lines} for label, value, lines in tiles if value != NONE]
 
 
 # ---- the table ----
 
 COLUMNS = (
-    "Time per token", "Speed", "First token", "Throughput", "Perplexity", "KL divergence", "Same top token",
+    "Time per token", "Speed", "First token", "Tokens/s", "Perplexity", "KL divergence", "Same top token",
     "Weights", "Peak memory", "Bandwidth used", "Quantizing",
 )  # fmt: skip
 
 
-def _bench_cells(bench: Any) -> dict[str, tuple[str, str | None]]:
-    """column -> (figure, what stands small below it)"""
+Cell = tuple[str | None, ...]  # the figure, then what stands small below it
 
-    def spread(key: str) -> tuple[str, str | None]:
+
+def _bench_cells(bench: Any) -> dict[str, Cell]:
+    """What a bench result says, by column."""
+
+    def spread(key: str) -> Cell:
         p90 = get(bench, key, "p90")
         return milliseconds(get(bench, key, "median")), None if p90 is None else f"p90 {milliseconds(p90)}"
 
-    rate = digits(get(bench, "throughput_tokens_per_s"))
     return {
         "Time per token": spread("tpot_s"),
         "First token": spread("ttft_s"),
-        "Throughput": (rate, None if rate == NONE else "tokens/s"),
+        "Tokens/s": (digits(get(bench, "throughput_tokens_per_s")),),
         "Weights": (size(get(bench, "weight_bytes")), None),
         "Peak memory": (size(get(bench, "peak_memory_bytes")), None),
         "Bandwidth used": (percent(get(bench, "mbu"), decimals=0), None),
     }
 
 
-def _row(name: str, note: str, kind: str, cells: dict[str, tuple[str, str | None]]) -> dict[str, Any]:
-    return {"name": name, "note": note, "kind": kind, "cells": [cells.get(c, (NONE, None)) for c in COLUMNS]}
+def _row(name: str, note: str, kind: str, cells: dict[str, Cell]) -> dict[str, Any]:
+    return {"name": name, "note": note, "kind": kind, "cells": [cells.get(c, (NONE,)) for c in COLUMNS]}
 
 
 def _original_row(original: dict[str, Any]) -> dict[str, Any]:
@@ -242,18 +243,19 @@ def _original_row(original: dict[str, Any]) -> dict[str, Any]:
 def _candidate_row(c: dict[str, Any], chosen: bool) -> dict[str, Any]:
     e, b = c.get("evaluate"), c.get("bench")
     increase, kl = get(e, "perplexity_increase"), get(e, "kl", "mean")
-    spread = interval95(increase, get(e, "perplexity_increase_stderr"), lambda x: percent(x, "+"))
-    low, high = (list(get(c, "ratio", "tpot_range") or []) + [None, None])[:2]
-    speed = number(get(c, "ratio", "tpot"))
+    spread = interval95(increase, get(e, "perplexity_increase_stderr"), _signed)
+    low, high = get(c, "ratio", "tpot_range") or (None, None)
+    speed, error = number(get(c, "ratio", "tpot")), number(get(e, "kl", "stderr"))
     bits, memory = get(c, "quantize", "bits_per_weight"), get(c, "quantize", "peak_memory_bytes")
     bench = _bench_cells(b)
     cells = bench | {
         "Speed": (NONE if speed is None else f"{digits(speed)}×", between(low, high, lambda x: f"{digits(x)}×")),
         "Perplexity": (
             digits(get(e, "perplexity"), 4),
-            None if increase is None else percent(increase, "+") + (f" ({spread})" if spread else ""),
+            None if increase is None else _signed(increase),
+            spread,
         ),
-        "KL divergence": (digits(kl), interval95(kl, get(e, "kl", "stderr"), digits)),
+        "KL divergence": (digits(kl), None if error is None else f"± {digits(_Z95 * error, 2)}"),
         "Same top token": (percent(get(e, "top1_agreement"), decimals=1), None),
         "Weights": (bench["Weights"][0], None if bits is None else f"{digits(bits)} bits"),
         "Quantizing": (duration(get(c, "quantize", "seconds")), None if memory is None else f"peak {size(memory)}"),
@@ -299,7 +301,7 @@ def _point(
     if x is None or (ppl is None and nats is None):
         return None
     weights = number(get(bench, "weight_bytes"))
-    spread = interval95(ppl, increase_error, lambda v: percent(v, "+"))
+    spread = interval95(ppl, increase_error, _signed)
     return {
         "name": name,
         "kind": kind,
@@ -311,7 +313,7 @@ def _point(
         "kl_error": _Z95 * (number(kl_error) or 0.0),
         "words": [
             ["time per token", milliseconds(x)],
-            ["perplexity", percent(ppl, "+") + (f" ({spread})" if spread else "")],
+            ["perplexity", _signed(ppl) + (f" ({spread})" if spread else "")],
             ["KL divergence", digits(nats)],
             ["weights", size(weights)],
         ],
@@ -431,7 +433,8 @@ def _facts(document: dict[str, Any], original: dict[str, Any], chosen: dict[str,
         text(e["instruction_set"]) if e.get("instruction_set") else "",
         f"GPU {e['gpu']}" if e.get("gpu") else "no GPU" if e else "",
     ]
-    software = [f"{label} {e[k]}" for k, label in _SOFTWARE if e.get(k)]
+    versions = e | {"lowbit": document.get("lowbit_version")}
+    software = [f"{label} {versions[k]}".strip() for k, label in _SOFTWARE if versions.get(k)]
     shape = [f"{words} {scenario[k]}" for k, words in _SCENARIO if scenario.get(k) is not None]
     parts = [
         f"{digits(split[f'{part}_tokens'], 1)} tokens {words}" for part, words in _PARTS if split.get(f"{part}_tokens")
