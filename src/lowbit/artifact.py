@@ -26,6 +26,18 @@ from lowbit.errors import InputError
 MANIFEST = "lowbit.json"
 _WORK = ".work"  # inside OUT.partial: what only the work itself needs
 _IDENTITY = "identity.json"
+_REPLACE = "replace"  # the job was started with --force: resuming may replace OUT
+
+
+def replaces(output: Path) -> bool:
+    """Whether an interrupted run was told to replace OUT, so that --resume may go on doing so."""
+    return (output.with_name(output.name + ".partial") / _WORK / _REPLACE).exists()
+
+
+def clean(output: Path) -> None:
+    """Remove what a finished job needs no more, also after a kill between its last steps."""
+    shutil.rmtree(output / _WORK, ignore_errors=True)
+    shutil.rmtree(output.with_name(output.name + ".replaced"), ignore_errors=True)
 
 
 class Work:
@@ -43,6 +55,8 @@ class Work:
                 check_same(self.path, json.loads((self._state / _IDENTITY).read_text()), identity)
             else:
                 self._state.mkdir(parents=True, exist_ok=True)
+                if force:
+                    write_bytes(self._state / _REPLACE, b"")
                 write_json(self._state / _IDENTITY, identity)
 
     @property
@@ -67,24 +81,24 @@ class Work:
     def close(self) -> None:
         """Give the directory its final name and remove what only the work needed."""
         with disk_errors(self.path):
-            replaced = None
             if self.output.exists() and any(self.output.iterdir()):
                 replaced = self.output.with_name(self.output.name + ".replaced")
                 shutil.rmtree(replaced, ignore_errors=True)
                 self.output.rename(replaced)
             self.path.rename(self.output)
             _sync_directory(self.output.parent)
-            shutil.rmtree(self.output / _WORK, ignore_errors=True)
-            if replaced:
-                shutil.rmtree(replaced)
+            clean(self.output)
 
 
 def check_output(output: Path, *, resume: bool, force: bool) -> None:
     """Raise InputError if something is in the way of `output` that neither --resume nor --force settles."""
     partial = output.with_name(output.name + ".partial")
+    with disk_errors(output):
+        output.exists()
     if output.exists() and not output.is_dir():
         raise InputError(f"{output}: is a file; give the name of a directory to make.")
-    if output.exists() and any(output.iterdir()) and not force and not (resume and (output / MANIFEST).exists()):
+    resumable = resume and ((output / MANIFEST).exists() or replaces(output))
+    if output.exists() and any(output.iterdir()) and not force and not resumable:
         raise InputError(f"{output}: exists and is not empty. Give another name, or replace it with --force.")
     if partial.exists() and not (resume or force):
         raise InputError(
@@ -168,7 +182,7 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise InputError(f"{path}: there is no {MANIFEST}, so this is not a lowbit output directory.")
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not readable as JSON ({error}).") from error
     if not isinstance(manifest, dict) or not isinstance(manifest.get("files"), dict):
         raise InputError(f"{file}: not a manifest: expected an object with 'files'.")

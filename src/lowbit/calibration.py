@@ -41,8 +41,6 @@ def load_calibration(source: str, tokenizer: Any, samples: int, seq_len: int, se
         ids = tokenize(read_text(Path(source)), tokenizer)
         starts = rng.integers(0, max(len(ids) - seq_len, 1), samples)
     needed = samples * seq_len
-    if source.endswith(".txt") and len(ids) > seq_len:
-        needed = seq_len + 1
     if len(ids) < needed:
         raise InputError(
             f"{source}: {len(ids)} tokens, but {samples} windows of {seq_len} need {needed}. Give more text, or "
@@ -89,10 +87,15 @@ def read_documents(path: Path, tokenizer: Any) -> list[str]:
 def _document(where: str, line: str, tokenizer: Any) -> str:
     try:
         row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where}: not JSON ({error}).") from error
     if not isinstance(row, dict):
         raise InputError(f"{where}: expected an object with 'text' or 'messages', got {type(row).__name__}.")
+    if "\\ud" in line.lower():
+        try:
+            json.dumps(row, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:
+            raise InputError(f"{where}: has half a surrogate pair, which is no character ({error.reason}).") from error
     if isinstance(row.get("text"), str):
         if not row["text"].strip():
             raise InputError(f"{where}: the text is empty.")

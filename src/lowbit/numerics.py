@@ -80,16 +80,23 @@ def qparams_from_range(
     low, high = low.float().clamp(max=0), high.float().clamp(min=0)
     steps = scheme.qmax - scheme.qmin
     if scheme.symmetric:
-        span = torch.maximum(-low, high) * 2
+        step = torch.maximum(-low, high) / (steps / 2)
     else:
-        span = high - low
-    scale = (span / steps).to(scale_dtype)
-    tiny = torch.finfo(scale_dtype).tiny
-    scale = torch.where(scale.float() < tiny, torch.ones_like(scale), scale)
+        step = (high / 2 - low / 2) / (steps / 2)  # halves: the span itself may overflow
+    scale = storable(step, scale_dtype)
     if scheme.symmetric:
         return scale, None
     zero_point = (scheme.qmin - low / scale.float()).round().clamp(scheme.qmin, scheme.qmax)
     return scale, zero_point.to(torch.int8)
+
+
+def storable(step: Tensor, dtype: torch.dtype) -> Tensor:
+    """step (float32) as a scale in its storage dtype: never 0, never infinite; 1 where step is 0."""
+    limits = torch.finfo(dtype)
+    smallest = torch.where(step < 0, -1.0, 1.0) * limits.smallest_normal * limits.eps
+    scale = step.clamp(limits.min, limits.max).to(dtype)
+    scale = torch.where((scale == 0) & (step != 0), smallest.to(dtype), scale)
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
 def choose_qparams(

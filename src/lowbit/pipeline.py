@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowbit.algorithms import METHODS
-from lowbit.artifact import MANIFEST, Work, check_output, check_same, read_manifest
+from lowbit.artifact import MANIFEST, Work, check_output, check_same, clean, read_manifest, replaces
 from lowbit.calibration import Calibration, load_calibration
 from lowbit.console import note, track
 from lowbit.errors import InputError
@@ -78,10 +78,11 @@ def quantize(
         "versions": versions(),
         "threads": torch.get_num_threads(),
     }
-    if resume and (output / MANIFEST).exists():
+    if resume and (output / MANIFEST).exists() and not replaces(output):
         manifest = read_manifest(output)
         check_same(output, manifest["identity"], identity)
-        return manifest["summary"] | {"output": str(output), "layers": manifest["layers"]}
+        clean(output)
+        return {**manifest["summary"], "output": str(output), "layers": manifest["layers"]}
     work = Work(output, identity, resume=resume, force=force)
     job = _Job(net, open_source(net, checkpoint), blocks, plan, recipe, work)
     layers = job.run(calibration)

@@ -41,6 +41,8 @@ class Recipe:
         Scheme.parse(self.scheme)
         for _, scheme in self.override:
             Scheme.parse(scheme)
+        if self.seed < 0:
+            raise InputError(f"seed must be at least 0, got {self.seed}.")
         for name in ("samples", "seq_len"):
             if getattr(self, name) < 1:
                 raise InputError(f"{name} must be at least 1, got {getattr(self, name)}.")
@@ -73,7 +75,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
         words = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
-    except (UnicodeDecodeError, json.JSONDecodeError, yaml.YAMLError, RecursionError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError) as error:
         raise InputError(f"{path}: not a readable recipe: {' '.join(str(error).split())[:300]}.") from error
     if isinstance(words, dict) and isinstance(words.get("recipe"), dict):
         words = words["recipe"]

@@ -77,7 +77,7 @@ def round_linears(
     started = time.perf_counter()
     stacked = torch.cat([w.float() for w in weights.values()])
     plain = rtn(stacked, grid, scale_dtype)
-    result, notes, fallback = _apply(stacked, scheme, statistics, recipe, plain)
+    result, notes, fallback = _apply(next(iter(weights)), stacked, scheme, statistics, recipe, plain)
     sizes = [len(w) for w in weights.values()]
     whole = len(sizes) == 1
     parts = zip(
@@ -110,7 +110,7 @@ def round_linears(
 
 
 def _apply(
-    weight: Tensor, scheme: Scheme, statistics: Statistics | None, recipe: Recipe, plain: QuantizedTensor
+    where: str, weight: Tensor, scheme: Scheme, statistics: Statistics | None, recipe: Recipe, plain: QuantizedTensor
 ) -> tuple[QuantizedTensor, dict[str, Any], str | None]:
     """(the method's result, what to note, None), or RTN and the reason where the statistics do not allow it."""
     method = METHODS[recipe.method]
@@ -123,7 +123,7 @@ def _apply(
     bad, total = train.bad_rows, train.rows + train.bad_rows
     if bad > 0.1 * total:
         raise InputError(
-            f"{bad} of {total} calibration activations of a layer are not finite: the model overflows on this text. "
+            f"{where}: {bad} of {total} calibration activations are not finite: the model overflows on this text. "
             "Check the checkpoint and the calibration data."
         )
     if train.rows == 0:

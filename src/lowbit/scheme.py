@@ -103,7 +103,7 @@ class Scheme:
 
 
 _INTEGER = re.compile(
-    r"w(?P<bits>[2-8])a(?P<activation>16|8)(?:-(?P<granularity>g\d{1,6}|channel|tensor))?(?P<asym>-asym)?"
+    r"w(?P<bits>[2-8])a(?P<activation>16|8)(?:-(?P<granularity>g[0-9]{1,6}|channel|tensor))?(?P<asym>-asym)?"
 )
 _TOKEN_INT8 = TensorScheme("int", 8, "token")
 _TOKEN_FP8 = TensorScheme("float", 8, "token")

@@ -13,7 +13,7 @@ error in column j costs at the output). Two things are more than the usual shrin
 import torch
 from torch import Tensor
 
-from lowbit.numerics import _tiles, choose_qparams, grid_value, qparams_from_range, round_to_grid
+from lowbit.numerics import _tiles, choose_qparams, grid_value, qparams_from_range, round_to_grid, storable
 from lowbit.scheme import TensorScheme
 
 
@@ -33,7 +33,7 @@ def search_qparams(
     absmax = torch.maximum(-low, high)
     for steps, sign in _candidates(scheme):
         if scheme.symmetric:
-            scale, zero = _nonzero((absmax * (sign / steps)).to(scale_dtype)), None
+            scale, zero = storable(absmax / (sign * steps), scale_dtype), None
         else:
             shrink = (scheme.qmax - scheme.qmin) / steps
             scale, zero = qparams_from_range(low * shrink, high * shrink, scheme, scale_dtype)

@@ -6,12 +6,13 @@ Exit codes: 0 done; 1 internal error; 2 the user's input is at fault; 3 a qualit
 import sys
 from typing import NoReturn
 
-import click
 import typer
 
 from lowbit.cli import inspect as inspection
 from lowbit.cli import measure, quantize, tune
 from lowbit.errors import LowbitError
+
+_INTERRUPTED = 130  # what typer makes of Ctrl-C
 
 app = typer.Typer(
     name="lowbit",
@@ -47,16 +48,12 @@ def version(
 def main() -> NoReturn:
     """The `lowbit` program."""
     try:
-        code = app(standalone_mode=False)
+        app()
     except LowbitError as error:
         print(f"lowbit: {error}", file=sys.stderr)
-        code = error.exit_code
-    except click.ClickException as error:
-        error.show()
-        code = error.exit_code
-    except (click.Abort, KeyboardInterrupt):
-        print("lowbit: interrupted. What is finished is kept; --resume goes on where it stopped.", file=sys.stderr)
-        code = 130
-    except BrokenPipeError:
-        code = 1
-    sys.exit(code if isinstance(code, int) else 0)
+        sys.exit(error.exit_code)
+    except SystemExit as end:
+        if end.code == _INTERRUPTED:
+            print("lowbit: interrupted. What is finished is kept; --resume goes on there.", file=sys.stderr)
+        raise
+    sys.exit(0)

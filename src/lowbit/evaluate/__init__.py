@@ -55,7 +55,7 @@ def evaluate(
     for name, engine in zip(models, engines, strict=True):
         if engine.vocab_size != reference.vocab_size:
             raise InputError(
-                f"{name}: has {engine.vocab_size} tokens, the reference {reference.vocab_size}; they cannot be compared."
+                f"{name}: has {engine.vocab_size} tokens and the reference {reference.vocab_size}: not comparable."
             )
     scores = measure(reference.logits, [e.logits for e in (floor_engine, *engines)], windows, reference.vocab_size)
     truth, floor = scores[0], scores[1]

@@ -60,7 +60,11 @@ def pack(name: str, quantized: QuantizedTensor, scheme: Scheme) -> dict[str, Ten
     tensors[f"{name}.weight_packed"] = pack_bits(quantized.codes, bits)
     tensors[f"{name}.weight_shape"] = torch.tensor(quantized.codes.shape, dtype=torch.int64)
     if quantized.zero_point is not None:
-        tensors[f"{name}.weight_zero_point"] = pack_bits(quantized.zero_point.T.contiguous(), bits).T.contiguous()
+        zero = quantized.zero_point
+        packs = quantized.scheme.granularity != "tensor"
+        tensors[f"{name}.weight_zero_point"] = (
+            pack_bits(zero.T.contiguous(), bits).T.contiguous() if packs else zero.reshape(1)
+        )
     return tensors
 
 
@@ -88,7 +92,11 @@ def unpack(name: str, get: Callable[[str], Tensor], scheme: Scheme) -> Quantized
     if scale.numel() != where[0] * where[1]:
         raise InputError(f"{name}.weight_scale has {scale.numel()} entries, {scheme} of {list(out_in)} needs {where}.")
     if not weight.symmetric:
-        zero = unpack_bits(get(f"{name}.weight_zero_point").T.contiguous(), weight.bits, where[0]).T.contiguous()
+        zero = get(f"{name}.weight_zero_point")
+        if weight.granularity == "tensor":
+            zero = zero.reshape(1, 1)
+        else:
+            zero = unpack_bits(zero.T.contiguous(), weight.bits, where[0]).T.contiguous()
     return QuantizedTensor(codes, scale.reshape(where), zero, weight)
 
 

@@ -158,7 +158,7 @@ def _download(name: str) -> Path:
 def _read_json(file: Path) -> Any:
     try:
         return json.loads(file.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{file}: not readable as JSON ({error}).") from error
     except OSError as error:
         raise InputError(f"{file}: cannot be read ({error.strerror}).") from error

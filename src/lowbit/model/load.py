@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -66,6 +67,12 @@ def check_names(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
             f"{checkpoint.path}: {len(missing)} of the model's parameters are in no shard, the first is "
             f"{missing[0]!r}. The weights belong to another architecture or an older layout than config.json says."
         )
+    surplus = _beyond_the_blocks(model, checkpoint)
+    if surplus is not None:
+        raise InputError(
+            f"{checkpoint.path}: {surplus!r} is stored, but by config.json there is no such block. The config and the "
+            "weights belong to different models."
+        )
     for name, parameter in model.named_parameters():
         info = checkpoint.tensors.get(name)
         if info is not None and info.shape != tuple(parameter.shape):
@@ -73,6 +80,20 @@ def check_names(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
                 f"{checkpoint.path}: {name!r} is {list(info.shape)} in {info.shard} but config.json makes it "
                 f"{list(parameter.shape)}. The config and the weights belong to different models."
             )
+
+
+def _beyond_the_blocks(model: PreTrainedModel, checkpoint: Checkpoint) -> str | None:
+    """The first stored tensor of a numbered module that the model lacks, such as model.layers.40.mlp, unless the
+    model class says that it does without."""
+    known = {n for n, _ in model.named_modules()}
+    spared = model._keys_to_ignore_on_load_unexpected or ()
+    for name in checkpoint.tensors:
+        parts = name.split(".")
+        numbered = [".".join(parts[: i + 1]) for i, part in enumerate(parts) if part.isdigit()]
+        absent = any(m not in known and m.rpartition(".")[0] in known for m in numbered)  # its list is there
+        if absent and not any(re.search(pattern, name) for pattern in spared):
+            return name
+    return None
 
 
 @dataclass(frozen=True)
@@ -135,7 +156,7 @@ def release(module: nn.Module) -> None:
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
     """No warnings, notices or progress bars of transformers within."""
-    verbosity = hf_logging.get_verbosity()
+    verbosity, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
@@ -144,7 +165,8 @@ def quiet_transformers() -> Iterator[None]:
             yield
         finally:
             hf_logging.set_verbosity(verbosity)
-            hf_logging.enable_progress_bar()
+            if bars:
+                hf_logging.enable_progress_bar()
 
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:

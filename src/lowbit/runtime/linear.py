@@ -68,7 +68,9 @@ class QuantizedLinear(nn.Module):
             self.register_buffer("scales", torch.stack([scale, zero], -1).transpose(0, 1).contiguous().to(dtype))
         elif self.kernel in ("int8", "w8a8"):
             self.register_buffer("codes", quantized.codes)
-            self.register_buffer("scales", row_scale[:, 0].to(dtype if self.kernel == "int8" else torch.float32))
+            self.register_buffer(
+                "scales", row_scale[:, 0].contiguous().to(dtype if self.kernel == "int8" else torch.float32)
+            )
         else:
             self.register_buffer("codes", quantized.dequantize(dtype))
             self.register_buffer("scales", torch.empty(0))
@@ -101,5 +103,5 @@ class QuantizedLinear(nn.Module):
         scale = x.abs().amax(1, keepdim=True) / 127
         scale = torch.where(scale == 0, torch.ones_like(scale), scale)
         codes = (x / scale).round().to(torch.int8)
-        product: Tensor = torch._int_mm(codes, self.codes.T).float() * scale * self.scales
+        product: Tensor = torch._int_mm(codes, self.codes.T).float() * (scale * self.scales)
         return product.to(rows.dtype)

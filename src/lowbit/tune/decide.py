@@ -67,8 +67,8 @@ def recommend(candidates: Sequence[dict[str, Any]], limits: Limits) -> dict[str,
             "name": best["name"],
             "reasons": [
                 f"{ratio[key]:.2f}x the original's {what}, best within the limits",
-                f"perplexity {e['perplexity_increase']:+.2%} ± {e['perplexity_increase_stderr']:.2%} on text that chose "
-                f"nothing (limit {limits.max_ppl_increase:+.2%}), KL {e['kl']['mean']:.5f}",
+                f"perplexity {e['perplexity_increase']:+.2%} ± {e['perplexity_increase_stderr']:.2%} on text that "
+                f"chose nothing (limit {limits.max_ppl_increase:+.2%}), KL {e['kl']['mean']:.5f}",
                 f"weights {best['bench']['weight_bytes'] / 1e6:.1f} MB, "
                 f"{best['quantize']['bits_per_weight']:.2f} bits per quantized weight",
             ],

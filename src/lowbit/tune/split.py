@@ -39,13 +39,14 @@ def split_documents(documents: list[str], seed: int) -> dict[str, list[str]]:
 
 
 def _fifths(text: str) -> list[str]:
-    if len(text) < 5:
-        raise InputError(f"the text has {len(text)} characters: too little to split into parts.")
     cuts = [0]
     for i in range(1, 5):
         at = text.find("\n", len(text) * i // 5) + 1
         cuts.append(at if 0 < at < len(text) else len(text) * i // 5)
-    return [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]
+    pieces = [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)], strict=True)]
+    if not all(p.strip() for p in pieces):
+        raise InputError(f"the text is too short to split into fifths: {len(text)} characters.")
+    return pieces
 
 
 def write_split(documents: list[str], seed: int, folder: Path) -> Split:

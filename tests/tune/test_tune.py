@@ -1,0 +1,122 @@
+"""tune: nothing leaks between the parts of the text, decisions follow from the numbers."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lowbit.errors import InputError
+from lowbit.tune import summary, tune
+from lowbit.tune.decide import Limits, pareto, recommend, verdict
+from lowbit.tune.split import split_documents
+
+
+@given(st.lists(st.text(min_size=1).filter(str.strip), min_size=5, max_size=40), st.integers(0, 99))
+def test_split_deals_out_every_document_once(documents: list[str], seed: int) -> None:
+    split = split_documents(documents, seed)
+    assert sorted(d for part in split.values() for d in part) == sorted(documents)
+    assert split == split_documents(documents, seed)
+
+
+def test_a_single_text_is_cut_at_line_ends_into_fifths() -> None:
+    text = "".join(f"line {i}\n" for i in range(1000))
+    split = split_documents([text], 0)
+    assert [len(split[k]) for k in ("calibration", "selection", "confirmation")] == [3, 1, 1]
+    pieces = [p for part in split.values() for p in part]
+    assert sum(map(len, pieces)) == len(text)
+    assert all(p.startswith("line") and p.endswith("\n") for p in pieces)
+
+
+def candidate(name: str, tpot: float, increase: float, **more: Any) -> dict[str, Any]:
+    return {
+        "name": name,
+        "error": None,
+        "selection": {"perplexity_increase": increase},
+        "evaluate": {
+            "perplexity_increase": increase, "perplexity_increase_stderr": 0.0001, "kl": {"mean": increase, "stderr": 0}
+        },
+        "quantize": {"bits_per_weight": 4.125},
+        "bench": {"tpot_s": {"median": 0.01 / tpot}, "peak_memory_bytes": 10**8, "weight_bytes": 10**7},
+        "ratio": {"tpot": tpot, "ttft": 1.0, "throughput": tpot, "memory": 1.0, "tpot_range": [tpot * 0.99, tpot]},
+    } | more  # fmt: skip
+
+
+LIMITS = Limits(0.01, None, "tpot")
+
+
+def decide(*candidates: dict[str, Any], limits: Limits = LIMITS) -> dict[str, Any]:
+    for c in candidates:
+        c["verdict"] = verdict(c, limits)
+    return recommend(candidates, limits)
+
+
+def test_fastest_within_the_limit_wins() -> None:
+    answer = decide(candidate("good", 2.0, 0.005), candidate("fast", 3.0, 0.02), candidate("slow", 1.5, 0.001))
+    assert answer["name"] == "good"
+
+
+def test_among_equally_fast_ones_the_most_accurate_wins() -> None:
+    assert decide(candidate("a", 2.02, 0.005), candidate("b", 2.0, 0.001))["name"] == "b"
+
+
+def test_do_not_quantize_when_nothing_is_faster() -> None:
+    answer = decide(candidate("a", 0.9, 0.001), candidate("b", 1.01, 0.001))
+    assert answer["name"] == "original"
+    assert any("no gain: 0.90x" in r for r in answer["reasons"])
+
+
+def test_a_gain_inside_the_noise_is_no_gain() -> None:
+    noisy = candidate("a", 1.2, 0.001)
+    noisy["ratio"]["tpot_range"] = [0.8, 1.6]
+    assert "not outside the noise" in verdict(noisy, LIMITS)
+
+
+def test_selection_and_confirmation_must_both_hold() -> None:
+    c = candidate("a", 2.0, 0.005)
+    c["selection"]["perplexity_increase"] = 0.02
+    assert "too inaccurate" in verdict(c, LIMITS)
+
+
+def test_memory_limit_and_failed_candidates_are_said() -> None:
+    assert "too large: 100 MB" in verdict(candidate("a", 2.0, 0.001), Limits(0.01, 10**7, "tpot"))
+    failed = {"name": "x", "error": "out of memory"}
+    assert decide(failed, candidate("good", 2.0, 0.005))["name"] == "good"
+    assert failed["verdict"] == "failed: out of memory"
+
+
+def test_pareto_is_what_nothing_dominates() -> None:
+    assert pareto([candidate("a", 2.0, 0.005), candidate("b", 1.0, 0.001), candidate("c", 0.9, 0.004)]) == ["a", "b"]
+
+
+@pytest.mark.model
+def test_tune_end_to_end(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text((Path(__file__).parents[2] / "src/lowbit/demo/evaluation.txt").read_text()[:40_000])
+    monkeypatch.setattr("lowbit.tune.SEQ_LEN", 64)
+    monkeypatch.setattr("lowbit.tune.CANDIDATES", (("rtn", "w8a8"), ("gptq", "w4a16"), ("gptq", "w4a16-g32")))
+    document = tune(tiny, tmp_path / "out", text, repeats=1, max_ppl_increase=10)
+    by_name = {c["name"]: c for c in document["candidates"]}
+    assert "does not divide" in by_name["w4a16-gptq"]["error"]
+    assert by_name["w8a8-rtn"]["evaluate"]["kl"]["mean"] < by_name["w4a16-g32-gptq"]["evaluate"]["kl"]["mean"]
+    assert json.loads((tmp_path / "out" / "tune.json").read_text())["recommendation"] == document["recommendation"]
+    assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
+    assert document["recommendation"]["name"] in summary(document) or "do not quantize" in summary(document)
+    parts = [
+        (tmp_path / "out" / "data" / f"{p}.jsonl").read_text() for p in ("calibration", "selection", "confirmation")
+    ]
+    assert len(set(parts)) == 3
+
+
+def test_bad_input(tiny: Path, text_file: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="Known: tpot, ttft, throughput, memory"):
+        tune(tiny, tmp_path / "o", text_file, optimize="speed")
+    with pytest.raises(InputError, match="your own text"):
+        tune(tiny, tmp_path / "o")
+    short = tmp_path / "short.txt"
+    for repeats in (5, 30):  # not even fifths; fifths, but less than two windows each
+        short.write_text("import os\n" * repeats)
+        with pytest.raises(InputError, match="too short to split"):
+            tune(tiny, tmp_path / "o", short, force=True)
