@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_CHUNK_ROWS = 8192
+_CHUNK_ROWS = 2048
+_TILE = 128
 
 
 @dataclass
@@ -32,9 +33,9 @@ class Hessian:
                 self.bad_rows += int((~finite).sum())
                 rows = rows[finite]
             self.rows += len(rows)
-            step = 256
-            for i in range(0, self.width, step):
-                self.sum[i : i + step, : i + step].addmm_(rows[:, i : i + step].T, rows[:, : i + step])
+            for i in range(0, self.width, _TILE):
+                end = i + _TILE
+                self.sum[i:end, :end].addmm_(rows[:, i:end].T, rows[:, :end])
 
     def merge(self, other: "Hessian") -> None:
         self.sum += other.sum

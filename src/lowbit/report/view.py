@@ -4,15 +4,28 @@ Every figure may be missing (a candidate that crashed, an older document): `get`
 formatters print an en dash for None. Times come in seconds and sizes in bytes.
 """
 
-import math
-import re
 import shlex
 from collections.abc import Sequence
-from statistics import median
 from typing import Any
 
-NONE = "–"
-_Z95 = 1.96  # two-sided 95 % of a normal distribution
+from lowbit.report.figures import chart_of, chart_words, heatmap
+from lowbit.report.words import (
+    NONE,
+    Z95,
+    between,
+    digits,
+    duration,
+    get,
+    interval95,
+    milliseconds,
+    number,
+    percent,
+    signed,
+    size,
+    text,
+    times,
+)
+
 _OBJECTIVES = {  # limits.optimize -> (key of `ratio`, words above 1, words below 1)
     "tpot": ("tpot", "faster per token", "slower per token"),
     "ttft": ("ttft", "sooner to the first token", "later to the first token"),
@@ -28,7 +41,7 @@ def view(document: dict[str, Any]) -> dict[str, Any]:
     answer = get(document, "recommendation", "name")
     chosen = next((c for c in candidates if answer and c.get("name") == answer), None)
     first: list[dict[str, Any]] = sorted(candidates, key=lambda c: c is not chosen)
-    chart = _chart(document, chosen)
+    chart = chart_of(document, chosen)
     return {
         "title": _title(document, chosen),
         "sentence": _sentence(document, chosen),
@@ -40,100 +53,14 @@ def view(document: dict[str, Any]) -> dict[str, Any]:
         "columns": COLUMNS,
         "rows": [_original_row(original), *(_candidate_row(c, c is chosen) for c in candidates)],
         "chart": chart,
-        "chart_words": _chart_words(chart),
-        "heatmaps": [h for c in first if (h := _heatmap(c, c is chosen))],
+        "chart_words": chart_words(chart),
+        "heatmaps": [h for c in first if (h := heatmap(c, c is chosen))],
         "samples": [_sample(s, [c.get("name") for c in first]) for s in document.get("samples") or []],
         "facts": _facts(document, original, chosen),
         "floor": _floor(original),
         "reproduce": _reproduce(document),
         "deploy": _deploy(document, chosen),
     }
-
-
-# ---- reading and printing ----
-
-
-def get(value: Any, *keys: str) -> Any:
-    """value[k0][k1]..., or None where a step is missing."""
-    for key in keys:
-        value = value.get(key) if isinstance(value, dict) else None
-    return value
-
-
-def number(value: Any) -> float | None:
-    """A finite float, or None."""
-    return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
-
-
-def text(value: Any) -> str:
-    return NONE if value is None or value == "" else str(value)
-
-
-def digits(value: Any, least: int = 3) -> str:
-    """At least three significant digits: 0.0123, 1.23, 12.3, 123, 12345."""
-    x = number(value)
-    if x is None:
-        return NONE
-    if x == 0:
-        return "0"
-    decimals = least - 1 - math.floor(math.log10(abs(x)))
-    if decimals > 7:
-        mantissa, exponent = f"{x:.{least - 1}e}".split("e")
-        return f"{mantissa}e{int(exponent)}".replace("-", "−")
-    return f"{x:.{max(decimals, 0)}f}".replace("-", "−")
-
-
-def percent(value: Any, sign: str = "", decimals: int = 2) -> str:
-    """0.0123 -> 1.23 % (sign '+': +1.23 %), without trailing zeros."""
-    x = number(value)
-    if x is None:
-        return NONE
-    shown = f"{100 * x:{sign}.{decimals if abs(x) < 0.1 else min(decimals, 1)}f}"
-    if "." in shown:
-        shown = shown.rstrip("0").rstrip(".")
-    return f"{'0' if shown in ('+0', '-0') else shown}\u00a0%".replace("-", "−")
-
-
-def _signed(value: Any) -> str:
-    return percent(value, "+")
-
-
-def milliseconds(seconds: Any) -> str:
-    x = number(seconds)
-    return NONE if x is None else f"{digits(1e3 * x)}\u00a0ms"
-
-
-def size(n: Any) -> str:
-    x = number(n)
-    if x is None:
-        return NONE
-    return f"{digits(x / 1e9)}\u00a0GB" if x >= 1e9 else f"{digits(x / 1e6)}\u00a0MB"
-
-
-def duration(seconds: Any) -> str:
-    x = number(seconds)
-    if x is None:
-        return NONE
-    return f"{digits(x, 2)} s" if x < 120 else f"{x / 60:.0f} min" if x < 7200 else f"{x / 3600:.1f} h"
-
-
-def times(ratio: Any, more: str, less: str) -> str:
-    """2.9 -> '2.90× faster'; 0.8 -> '1.25× slower'."""
-    x = number(ratio)
-    if x is None or x <= 0:
-        return NONE
-    return f"{digits(x)}× {more}" if x >= 1 else f"{digits(1 / x)}× {less}"
-
-
-def between(low: Any, high: Any, write: Any) -> str | None:
-    a, b = number(low), number(high)
-    return None if a is None or b is None else f"{write(a)} to {write(b)}"
-
-
-def interval95(mean: Any, stderr: Any, write: Any) -> str | None:
-    """'0.41 % to 0.83 %', the 95 % interval of a mean."""
-    m, s = number(mean), number(stderr)
-    return None if m is None or s is None else between(m - _Z95 * s, m + _Z95 * s, write)
 
 
 # ---- the head of the page ----
@@ -179,13 +106,13 @@ def _tiles(document: dict[str, Any], original: dict[str, Any], chosen: dict[str,
     else:
         small, large = number(get(after, "weight_bytes")), number(get(before, "weight_bytes"))
         cost, error = (get(chosen, "evaluate", k) for k in ("perplexity_increase", "perplexity_increase_stderr"))
-        spread, limit = interval95(cost, error, _signed), get(document, "limits", "max_ppl_increase")
+        spread, limit = interval95(cost, error, signed), get(document, "limits", "max_ppl_increase")
         words = [f"95\u00a0%: {spread}"] if spread else []
-        words += [f"limit {_signed(limit)}"] if number(limit) is not None else []
+        words += [f"limit {signed(limit)}"] if number(limit) is not None else []
         speed, first = get(chosen, "ratio", "tpot"), get(chosen, "ratio", "ttft")
         tiles = [
             ("Time per token", times(speed, "faster", "slower"), [change("tpot_s", "median", write=milliseconds)]),
-            ("Perplexity", _signed(cost), words),
+            ("Perplexity", signed(cost), words),
             (
                 "Weights",
                 times(large / small if small and large else None, "smaller", "larger"),
@@ -243,7 +170,7 @@ def _original_row(original: dict[str, Any]) -> dict[str, Any]:
 def _candidate_row(c: dict[str, Any], chosen: bool) -> dict[str, Any]:
     e, b = c.get("evaluate"), c.get("bench")
     increase, kl = get(e, "perplexity_increase"), get(e, "kl", "mean")
-    spread = interval95(increase, get(e, "perplexity_increase_stderr"), _signed)
+    spread = interval95(increase, get(e, "perplexity_increase_stderr"), signed)
     low, high = get(c, "ratio", "tpot_range") or (None, None)
     speed, error = number(get(c, "ratio", "tpot")), number(get(e, "kl", "stderr"))
     bits, memory = get(c, "quantize", "bits_per_weight"), get(c, "quantize", "peak_memory_bytes")
@@ -252,10 +179,10 @@ def _candidate_row(c: dict[str, Any], chosen: bool) -> dict[str, Any]:
         "Speed": (NONE if speed is None else f"{digits(speed)}×", between(low, high, lambda x: f"{digits(x)}×")),
         "Perplexity": (
             digits(get(e, "perplexity"), 4),
-            None if increase is None else _signed(increase),
+            None if increase is None else signed(increase),
             spread,
         ),
-        "KL divergence": (digits(kl), None if error is None else f"± {digits(_Z95 * error, 2)}"),
+        "KL divergence": (digits(kl), None if error is None else f"± {digits(Z95 * error, 2)}"),
         "Same top token": (percent(get(e, "top1_agreement"), decimals=1), None),
         "Weights": (bench["Weights"][0], None if bits is None else f"{digits(bits)} bits"),
         "Quantizing": (duration(get(c, "quantize", "seconds")), None if memory is None else f"peak {size(memory)}"),
@@ -268,121 +195,6 @@ def _candidate_row(c: dict[str, Any], chosen: bool) -> dict[str, Any]:
 def _shorter(verdict: str, most: int = 240) -> str:
     verdict = "within the limits" if verdict == "ok" else verdict
     return verdict if len(verdict) <= most else verdict[: most - 1] + "…"
-
-
-# ---- the picture of speed against accuracy ----
-
-
-def _chart(document: dict[str, Any], chosen: dict[str, Any] | None) -> dict[str, Any]:
-    """Points in milliseconds, percent and nats; what is not measured is not drawn."""
-    original = document.get("original") or {}
-    truth, floor = get(original, "evaluate", "perplexity"), get(original, "noise_floor")
-    own = number(get(floor, "perplexity"))
-    drift = 0.0 if own is None or not number(truth) else own / truth - 1
-    points = [_point("original", "original", original.get("bench"), drift, None, get(floor, "kl") or 0.0, None)]
-    for c in document.get("candidates") or []:
-        e = c.get("evaluate")
-        kind = "chosen" if c is chosen else "ok" if c.get("verdict") == "ok" else "out"
-        increase, error = (get(e, k) for k in ("perplexity_increase", "perplexity_increase_stderr"))
-        kl = get(e, "kl")
-        points.append(
-            _point(text(c.get("name")), kind, c.get("bench"), increase, error, get(kl, "mean"), get(kl, "stderr"))
-        )
-    limit = number(get(document, "limits", "max_ppl_increase"))
-    pareto = set(document.get("pareto") or [])
-    drawn = [p | {"pareto": p["name"] in pareto} for p in points if p]
-    return {"limit": None if limit is None else 100 * limit, "points": drawn}
-
-
-def _point(
-    name: str, kind: str, bench: Any, increase: Any, increase_error: Any, kl: Any, kl_error: Any
-) -> dict[str, Any] | None:
-    x, ppl, nats = (number(v) for v in (get(bench, "tpot_s", "median"), increase, kl))
-    if x is None or (ppl is None and nats is None):
-        return None
-    weights = number(get(bench, "weight_bytes"))
-    spread = interval95(ppl, increase_error, _signed)
-    return {
-        "name": name,
-        "kind": kind,
-        "x": 1e3 * x,
-        "bytes": weights,
-        "ppl": None if ppl is None else 100 * ppl,
-        "ppl_error": 100 * _Z95 * (number(increase_error) or 0.0),
-        "kl": nats,
-        "kl_error": _Z95 * (number(kl_error) or 0.0),
-        "words": [
-            ["time per token", milliseconds(x)],
-            ["perplexity", _signed(ppl) + (f" ({spread})" if spread else "")],
-            ["KL divergence", digits(nats)],
-            ["weights", size(weights)],
-        ],
-    }
-
-
-def _chart_words(chart: dict[str, Any]) -> str:
-    """The picture in a sentence, for who does not see it."""
-    said = "; ".join(f"{p['name']}: " + ", ".join(f"{k} {v}" for k, v in p["words"]) for p in chart["points"])
-    return f"Time per token against what accuracy was lost. {said}."
-
-
-# ---- the layers ----
-
-_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
-
-
-def _heatmap(c: dict[str, Any], chosen: bool) -> dict[str, Any] | None:
-    """What is left of round-to-nearest's loss, by kind of linear (rows) and block (columns).
-
-    Numbers in a name after the block's (experts) are one row: their losses add up. None where nothing differs from
-    round-to-nearest.
-    """
-    sums: dict[tuple[str, str], list[float]] = {}
-    fallbacks: dict[tuple[str, str], str] = {}
-    for layer in get(c, "quantize", "layers") or []:
-        loss, plain = number(layer.get("loss")), number(layer.get("loss_rtn"))
-        if loss is None or not plain:
-            continue
-        name = str(layer.get("name"))
-        index = _INDEX.search(name)
-        block, kind = (index[0], _INDEX.sub("*", name[index.end() + 1 :])) if index else (NONE, name)
-        total = sums.setdefault((kind, block), [0.0, 0.0])
-        total[0], total[1] = total[0] + loss, total[1] + plain
-        if layer.get("fallback"):
-            fallbacks[kind, block] = str(layer["fallback"])
-    shares = {at: loss / plain for at, (loss, plain) in sums.items()}
-    if all(s == 1 for s in shares.values()):
-        return None
-    blocks = list(dict.fromkeys(block for _, block in shares))
-    kinds = list(dict.fromkeys(kind for kind, _ in shares))
-    short = [kind.rsplit(".", 1)[-1] for kind in kinds]
-    labels = short if len(set(short)) == len(kinds) else kinds
-    rows = [
-        {"label": label, "cells": [_heat(shares.get((k, b)), fallbacks.get((k, b))) for b in blocks]}
-        for k, label in zip(kinds, labels, strict=True)
-    ]
-    total_share = sum(v[0] for v in sums.values()) / sum(v[1] for v in sums.values())
-    return {
-        "name": text(c.get("name")),
-        "open": chosen,
-        "blocks": blocks,
-        "rows": rows,
-        "words": f"{percent(total_share, decimals=0)} of round-to-nearest's loss is left over all layers, "
-        f"{percent(median(shares.values()), decimals=0)} in the median layer, "
-        f"{percent(max(shares.values()), decimals=0)} in the worst; {len(fallbacks) or 'none'} kept round-to-nearest.",
-    }
-
-
-def _heat(share: float | None, fallback: str | None) -> dict[str, Any]:
-    """tint: how much of the loss is gone, 0 to 100; above 1 the method did harm."""
-    if share is None:
-        return {"text": "", "tint": 0, "worse": False, "fallback": None}
-    return {
-        "text": "<1" if 0 < share < 0.005 else f"{100 * share:.0f}",
-        "tint": round(100 * min(abs(1 - share), 1)),
-        "worse": share > 1,
-        "fallback": fallback,
-    }
 
 
 # ---- the samples ----
@@ -446,8 +258,11 @@ def _facts(document: dict[str, Any], original: dict[str, Any], chosen: dict[str,
         ("Memory bandwidth", "" if peak is None else f"{digits(peak / 1e9)} GB/s, measured by a read test"),
         ("Software", ", ".join(software)),
         ("Runtime", "; ".join(f"{k}: {v}" for k, v in (("reference", before), ("candidate", after)) if v)),
-        ("Speed", ", ".join(shape)),
-        ("Text", f"{text(document.get('text'))}" + (f": {', '.join(parts)}" if parts else "")),
+        ("Speed", ", ".join(shape) + (f", {document['repeats']} counted runs" if document.get("repeats") else "")),
+        ("Text", (document.get("text") or "the demo's text") + (f": {', '.join(parts)}" if parts else "")),
+        ("Windows", f"{document['windows']} of {document.get('seq_len')} tokens" if document.get("windows") else ""),
+        ("Calibration", f"{document['calibration_samples']} windows" if document.get("calibration_samples") else ""),
+        ("Measured", text(document.get("created"))),
         ("Seed", text(document.get("seed"))),
     ]
     return [(k, v) for k, v in facts if v and v != NONE]
@@ -480,6 +295,7 @@ def _reproduce(document: dict[str, Any]) -> str:
     words += ["--max-ppl-increase", f"{100 * increase:.10g}%"] if increase is not None else []
     words += ["--max-memory", str(int(memory))] if memory is not None else []
     words += ["--optimize", str(limits["optimize"])] if limits.get("optimize") else []
+    words += ["--repeats", str(document["repeats"])] if document.get("repeats") else []
     words += ["--seed", str(document["seed"])] if document.get("seed") is not None else []
     words += ["-o", str(document.get("output") or "OUT")]
     return shlex.join(words)

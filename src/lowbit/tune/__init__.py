@@ -7,6 +7,7 @@
 """
 
 import shutil
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -50,12 +51,13 @@ def tune(
 
     Everything goes under `output`: candidates/NAME (loadable), data/ (the split), tune.json, report.html.
     """
-    output = Path(output)
+    output = Path(output).absolute()  # candidates are named by where they lie, wherever the user stands later
     if optimize not in OBJECTIVES:
         raise InputError(f"--optimize {optimize}: {nearest(optimize, OBJECTIVES)}")
     limits = Limits(max_ppl_increase, max_memory, optimize)
     check_output(output, resume=False, force=force)
     checkpoint = open_checkpoint(model)
+    own_text = text
     if text is None:
         if checkpoint.path != DEMO / "model":
             raise InputError("tune measures on your own text: --text FILE (.txt or .jsonl).")
@@ -112,11 +114,16 @@ def tune(
     confirmation = measured["confirmation"]
     document = {
         "lowbit_version": lowbit.__version__,
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
         "environment": environment(),
         "seed": seed,
         "model": str(model),
         "output": str(output),
-        "text": str(text),
+        "text": None if own_text is None else str(own_text),
+        "repeats": repeats,
+        "seq_len": window,
+        "calibration_samples": samples,
+        "windows": measured["confirmation"]["windows"],
         "limits": {"max_ppl_increase": max_ppl_increase, "max_memory": max_memory, "optimize": optimize},
         "split": {f"{part}_tokens": n for part, n in tokens.items()},
         "original": {

@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-OBJECTIVES = {  # name -> (ratio in the bench document, what to call it)
-    "tpot": ("tpot", "time per token"),
-    "ttft": ("ttft", "time to first token"),
-    "throughput": ("throughput", "throughput"),
-    "memory": ("memory", "peak memory"),
+OBJECTIVES = {  # name, also of the ratio in the bench document -> what a ratio above 1 means
+    "tpot": "faster per token",
+    "ttft": "faster to the first token",
+    "throughput": "more tokens a second",
+    "memory": "less peak memory",
 }
 LEAST_GAIN = 1.03  # a smaller difference is not worth a changed model
 
@@ -33,13 +33,12 @@ def verdict(candidate: dict[str, Any], limits: Limits) -> str:
     memory = candidate["bench"]["peak_memory_bytes"]
     if limits.max_memory is not None and memory > limits.max_memory:
         return f"too large: {memory / 1e6:.0f} MB at its peak, limit {limits.max_memory / 1e6:.0f} MB"
-    key, name = OBJECTIVES[limits.optimize]
-    gain = candidate["ratio"][key]
+    gain, better = candidate["ratio"][limits.optimize], OBJECTIVES[limits.optimize]
     if gain < LEAST_GAIN:
-        return f"no gain: {gain:.2f}x the original's {name}"
+        return f"no gain: {gain:.2f}x {better}"
     low = candidate["ratio"].get("tpot_range", [gain])[0]
     if limits.optimize == "tpot" and low <= 1:
-        return f"not outside the noise: {gain:.2f}x, slowest pair {low:.2f}x"
+        return f"not outside the noise: {gain:.2f}x {better}, but {low:.2f}x in the worst pair"
     return "ok"
 
 
@@ -56,7 +55,7 @@ def pareto(candidates: Sequence[dict[str, Any]]) -> list[str]:
 
 def recommend(candidates: Sequence[dict[str, Any]], limits: Limits) -> dict[str, Any]:
     """{name, reasons}: the best candidate within the limits, or 'original' and why."""
-    key, what = OBJECTIVES[limits.optimize]
+    key, better = limits.optimize, OBJECTIVES[limits.optimize]
     good = [c for c in candidates if c["verdict"] == "ok"]
     if good:
         most = max(c["ratio"][key] for c in good)
@@ -66,13 +65,13 @@ def recommend(candidates: Sequence[dict[str, Any]], limits: Limits) -> dict[str,
         return {
             "name": best["name"],
             "reasons": [
-                f"{ratio[key]:.2f}x the original's {what}, best within the limits",
+                f"{ratio[key]:.2f}x {better} than the original, the best within the limits",
                 f"perplexity {e['perplexity_increase']:+.2%} ± {e['perplexity_increase_stderr']:.2%} on text that "
                 f"chose nothing (limit {limits.max_ppl_increase:+.2%}), KL {e['kl']['mean']:.5f}",
                 f"weights {best['bench']['weight_bytes'] / 1e6:.1f} MB, "
                 f"{best['quantize']['bits_per_weight']:.2f} bits per quantized weight",
             ],
         }
-    reasons = [f"no candidate is an answer; do not quantize for {what} here"]
+    reasons = [f"no candidate is {better} within the limits here, outside the noise"]
     reasons += [f"{c['name']}: {c['verdict']}" for c in candidates]
     return {"name": "original", "reasons": reasons}

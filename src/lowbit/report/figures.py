@@ -1,0 +1,121 @@
+"""What the report draws: speed against accuracy, and each layer's error."""
+
+import re
+from statistics import median
+from typing import Any
+
+from lowbit.report.words import NONE, Z95, digits, get, interval95, milliseconds, number, percent, signed, size, text
+
+# ---- the picture of speed against accuracy ----
+
+
+def chart_of(document: dict[str, Any], chosen: dict[str, Any] | None) -> dict[str, Any]:
+    """Points in milliseconds, percent and nats; what is not measured is not drawn."""
+    original = document.get("original") or {}
+    truth, floor = get(original, "evaluate", "perplexity"), get(original, "noise_floor")
+    own = number(get(floor, "perplexity"))
+    drift = 0.0 if own is None or not number(truth) else own / truth - 1
+    points = [_point("original", "original", original.get("bench"), drift, None, get(floor, "kl") or 0.0, None)]
+    for c in document.get("candidates") or []:
+        e = c.get("evaluate")
+        kind = "chosen" if c is chosen else "ok" if c.get("verdict") == "ok" else "out"
+        increase, error = (get(e, k) for k in ("perplexity_increase", "perplexity_increase_stderr"))
+        kl = get(e, "kl")
+        points.append(
+            _point(text(c.get("name")), kind, c.get("bench"), increase, error, get(kl, "mean"), get(kl, "stderr"))
+        )
+    limit = number(get(document, "limits", "max_ppl_increase"))
+    pareto = set(document.get("pareto") or [])
+    drawn = [p | {"pareto": p["name"] in pareto} for p in points if p]
+    return {"limit": None if limit is None else 100 * limit, "points": drawn}
+
+
+def _point(
+    name: str, kind: str, bench: Any, increase: Any, increase_error: Any, kl: Any, kl_error: Any
+) -> dict[str, Any] | None:
+    x, ppl, nats = (number(v) for v in (get(bench, "tpot_s", "median"), increase, kl))
+    if x is None or (ppl is None and nats is None):
+        return None
+    weights = number(get(bench, "weight_bytes"))
+    spread = interval95(ppl, increase_error, signed)
+    return {
+        "name": name,
+        "kind": kind,
+        "x": 1e3 * x,
+        "bytes": weights,
+        "ppl": None if ppl is None else 100 * ppl,
+        "ppl_error": 100 * Z95 * (number(increase_error) or 0.0),
+        "kl": nats,
+        "kl_error": Z95 * (number(kl_error) or 0.0),
+        "words": [
+            ["time per token", milliseconds(x)],
+            ["perplexity", signed(ppl) + (f" ({spread})" if spread else "")],
+            ["KL divergence", digits(nats)],
+            ["weights", size(weights)],
+        ],
+    }
+
+
+def chart_words(chart: dict[str, Any]) -> str:
+    """The picture in a sentence, for who does not see it."""
+    said = "; ".join(f"{p['name']}: " + ", ".join(f"{k} {v}" for k, v in p["words"]) for p in chart["points"])
+    return f"Time per token against what accuracy was lost. {said}."
+
+
+# ---- the layers ----
+
+_INDEX = re.compile(r"(?<=\.)\d+(?=\.|$)")
+
+
+def heatmap(c: dict[str, Any], chosen: bool) -> dict[str, Any] | None:
+    """What is left of round-to-nearest's loss, by kind of linear (rows) and block (columns).
+
+    Numbers in a name after the block's (experts) are one row: their losses add up. None where nothing differs from
+    round-to-nearest.
+    """
+    sums: dict[tuple[str, str], list[float]] = {}
+    fallbacks: dict[tuple[str, str], str] = {}
+    for layer in get(c, "quantize", "layers") or []:
+        loss, plain = number(layer.get("loss")), number(layer.get("loss_rtn"))
+        if loss is None or not plain:
+            continue
+        name = str(layer.get("name"))
+        index = _INDEX.search(name)
+        block, kind = (index[0], _INDEX.sub("*", name[index.end() + 1 :])) if index else (NONE, name)
+        total = sums.setdefault((kind, block), [0.0, 0.0])
+        total[0], total[1] = total[0] + loss, total[1] + plain
+        if layer.get("fallback"):
+            fallbacks[kind, block] = str(layer["fallback"])
+    shares = {at: loss / plain for at, (loss, plain) in sums.items()}
+    if all(s == 1 for s in shares.values()):
+        return None
+    blocks = list(dict.fromkeys(block for _, block in shares))
+    kinds = list(dict.fromkeys(kind for kind, _ in shares))
+    short = [kind.rsplit(".", 1)[-1] for kind in kinds]
+    labels = short if len(set(short)) == len(kinds) else kinds
+    rows = [
+        {"label": label, "cells": [_heat(shares.get((k, b)), fallbacks.get((k, b))) for b in blocks]}
+        for k, label in zip(kinds, labels, strict=True)
+    ]
+    total_share = sum(v[0] for v in sums.values()) / sum(v[1] for v in sums.values())
+    return {
+        "name": text(c.get("name")),
+        "open": chosen,
+        "blocks": blocks,
+        "rows": rows,
+        "words": f"{percent(total_share, decimals=0)} of round-to-nearest's loss is left over all layers, "
+        f"{percent(median(shares.values()), decimals=0)} in the median layer, "
+        f"{percent(max(shares.values()), decimals=0)} in the worst; {len(fallbacks) or 'none'} kept round-to-nearest.",
+    }
+
+
+def _heat(share: float | None, fallback: str | None) -> dict[str, Any]:
+    """tint: how much of the loss is gone, 0 to 100; above 1 the method did harm."""
+    if share is None:
+        return {"text": "", "tint": 0, "worse": False, "fallback": None}
+    return {
+        "text": "<1" if 0 < share < 0.005 else f"{100 * share:.0f}",
+        "tint": round(100 * min(abs(1 - share), 1)),
+        "worse": share > 1,
+        "fallback": fallback,
+    }
