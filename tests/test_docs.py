@@ -69,3 +69,15 @@ def test_changelog_names_this_version() -> None:
 def test_importing_lowbit_and_asking_for_help_loads_no_torch() -> None:
     code = "import sys, lowbit, lowbit.cli; assert 'torch' not in sys.modules, 'torch was imported'"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_api_mirrors_the_commands_whatever_is_imported_before() -> None:
+    code = """
+import importlib, lowbit
+for name in ("accuracy", "speed", "tuning", "pipeline", "inspect"):
+    importlib.import_module(f"lowbit.{name}")
+for name in lowbit.__all__[1:]:
+    for _ in range(2):
+        assert callable(getattr(lowbit, name)), name
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

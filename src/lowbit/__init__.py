@@ -12,9 +12,9 @@ __version__ = "0.1.0"
 _HOME = {  # public name -> the module that defines it
     "quantize": "lowbit.pipeline",
     "Recipe": "lowbit.recipe",
-    "evaluate": "lowbit.evaluate",
-    "bench": "lowbit.bench",
-    "tune": "lowbit.tune",
+    "evaluate": "lowbit.accuracy",
+    "bench": "lowbit.speed",
+    "tune": "lowbit.tuning",
     "load": "lowbit.runtime.engine",
     "verify": "lowbit.inspect",
     "Scheme": "lowbit.scheme",

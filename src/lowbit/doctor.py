@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from lowbit.bench.bandwidth import measure_bandwidth
 from lowbit.environment import environment, installed
+from lowbit.speed.bandwidth import measure_bandwidth
 
 _EXTRAS = {  # package -> what it is for, how to get it
     "compressed_tensors": ("transformers loading of lowbit's outputs", "pip install compressed-tensors"),

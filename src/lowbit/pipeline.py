@@ -9,7 +9,7 @@
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +222,8 @@ def find_calibration(checkpoint: Checkpoint, recipe: Recipe) -> Calibration | No
     if isinstance(limit, int) and recipe.seq_len > limit:
         raise InputError(f"--seq-len {recipe.seq_len} is longer than the model's context of {limit} tokens.")
     calibration = load_calibration(source, load_tokenizer(checkpoint), recipe.samples, recipe.seq_len, recipe.seed)
+    if recipe.calibration is None:
+        calibration = replace(calibration, source="the demo's text")
     vocabulary = checkpoint.config.get("vocab_size")
     if isinstance(vocabulary, int) and int(calibration.tokens.max()) >= vocabulary:
         raise InputError(

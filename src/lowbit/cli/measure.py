@@ -40,7 +40,7 @@ def evaluate(
     begin(quiet, verbose)
     limit = percent(max_ppl_increase, "--max-ppl-increase")
     kind = check_runtime(runtime)
-    from lowbit.evaluate import evaluate as run
+    from lowbit.accuracy import evaluate as run
 
     document = run(models, text, against=against, seq_len=seq_len, runtime=kind, max_ppl_increase=limit, max_kl=max_kl)
     finish("evaluate", document, json, accuracy_table(document))
@@ -94,7 +94,7 @@ def bench(
     """Measure speed and memory, models taking turns."""
     begin(quiet, verbose)
     kind = check_runtime(runtime)
-    from lowbit.bench import bench as run
+    from lowbit.speed import bench as run
 
     document = run(
         models,

@@ -26,8 +26,8 @@ def tune(
     begin(quiet, verbose)
     limit = percent(max_ppl_increase, "--max-ppl-increase")
     memory = size(max_memory, "--max-memory")
-    from lowbit.tune import summary
-    from lowbit.tune import tune as run
+    from lowbit.tuning import summary
+    from lowbit.tuning import tune as run
 
     assert limit is not None
     document = run(

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lowbit.accuracy.measure import Scores, cut_windows, measure
 from lowbit.artifact import MANIFEST, read_manifest, write_json
 from lowbit.calibration import read_documents, tokenize
 from lowbit.errors import InputError
-from lowbit.evaluate.measure import Scores, cut_windows, measure
 from lowbit.model.checkpoint import DEMO, open_checkpoint
 from lowbit.model.load import load_tokenizer
 from lowbit.runtime.engine import Engine, Runtime, load
@@ -38,17 +38,18 @@ def evaluate(
     original = open_checkpoint(against if against is not None else _origin(models[0]))
     if original.quantization is not None:
         raise InputError(f"{original.name}: the reference is itself quantized; give the original with --against.")
+    label = str(text)
     if text is None:
         if original.path != DEMO / "model":
             raise InputError("no text to evaluate on: --text FILE (.txt or .jsonl).")
-        text = DEMO / "evaluation.txt"
+        text, label = DEMO / "evaluation.txt", "the demo's text"
     tokenizer = load_tokenizer(original)
     ids = tokenize("\n".join(read_documents(Path(text), tokenizer)), tokenizer)
     reference = load(original, "float32")
     window = seq_len or min(reference.context_length, MAX_DEFAULT_WINDOW)
     if window > reference.context_length:
         raise InputError(f"--seq-len {window} exceeds the model's context ({reference.context_length}).")
-    windows = cut_windows(ids, window, str(text))
+    windows = cut_windows(ids, window, label)
 
     floor_engine = load(original, runtime)
     engines = [load(m, runtime) for m in models]
@@ -64,7 +65,7 @@ def evaluate(
         for name, engine, own in zip(models, engines, scores[2:], strict=True)
     ]
     document = {
-        "text": str(text),
+        "text": label,
         "seq_len": window,
         "windows": len(windows),
         "tokens": windows.numel(),

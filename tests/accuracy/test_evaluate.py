@@ -8,10 +8,10 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from lowbit.accuracy import evaluate
+from lowbit.accuracy.measure import cut_windows, measure
 from lowbit.artifact import read_manifest
 from lowbit.errors import InputError
-from lowbit.evaluate import evaluate
-from lowbit.evaluate.measure import cut_windows, measure
 from lowbit.pipeline import quantize
 
 

@@ -4,11 +4,11 @@ from pathlib import Path
 
 import pytest
 
-import lowbit.bench as bench_module
-from lowbit.bench import Scenario, Worker, bench
-from lowbit.bench.bandwidth import measure_bandwidth
+import lowbit.speed as bench_module
 from lowbit.errors import InputError, LowbitError
 from lowbit.pipeline import quantize
+from lowbit.speed import Scenario, Worker, bench
+from lowbit.speed.bandwidth import measure_bandwidth
 
 
 def test_document_is_consistent_with_its_definitions(tiny: Path, tmp_path: Path) -> None:

@@ -18,10 +18,10 @@ from typing import Any, Self
 import numpy as np
 
 from lowbit.artifact import MANIFEST, write_json
-from lowbit.bench.bandwidth import measure_bandwidth
 from lowbit.console import track
 from lowbit.errors import InputError, LowbitError
 from lowbit.model.checkpoint import open_checkpoint
+from lowbit.speed.bandwidth import measure_bandwidth
 
 __all__ = ["Scenario", "bench"]
 
@@ -36,11 +36,11 @@ class Scenario:
 
 
 class Worker:
-    """A model in a process of its own (bench/worker.py)."""
+    """A model in a process of its own (speed/worker.py)."""
 
     def __init__(self, model: str, runtime: str) -> None:
         self.model = model
-        command = [sys.executable, "-m", "lowbit.bench.worker"]
+        command = [sys.executable, "-m", "lowbit.speed.worker"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         self.facts = self.ask({"load": model, "runtime": runtime})
 

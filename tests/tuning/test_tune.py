@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowbit.errors import InputError
-from lowbit.tune import summary, tune
-from lowbit.tune.decide import Limits, pareto, recommend, verdict
-from lowbit.tune.split import split_documents
+from lowbit.tuning import summary, tune
+from lowbit.tuning.decide import Limits, pareto, recommend, verdict
+from lowbit.tuning.split import split_documents
 
 
 @given(st.lists(st.text(min_size=1).filter(str.strip), min_size=5, max_size=40), st.integers(0, 99))
@@ -95,8 +95,8 @@ def test_pareto_is_what_nothing_dominates() -> None:
 def test_tune_end_to_end(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = tmp_path / "text.txt"
     text.write_text((Path(__file__).parents[2] / "src/lowbit/demo/evaluation.txt").read_text()[:40_000])
-    monkeypatch.setattr("lowbit.tune.SEQ_LEN", 64)
-    monkeypatch.setattr("lowbit.tune.CANDIDATES", (("rtn", "w8a8"), ("gptq", "w4a16"), ("gptq", "w4a16-g32")))
+    monkeypatch.setattr("lowbit.tuning.SEQ_LEN", 64)
+    monkeypatch.setattr("lowbit.tuning.CANDIDATES", (("rtn", "w8a8"), ("gptq", "w4a16"), ("gptq", "w4a16-g32")))
     document = tune(tiny, tmp_path / "out", text, repeats=1, max_ppl_increase=10)
     by_name = {c["name"]: c for c in document["candidates"]}
     assert "does not divide" in by_name["w4a16-gptq"]["error"]

@@ -1,4 +1,4 @@
-"""One model in a process of its own, measured on request: `python -m lowbit.bench.worker` talks JSON lines.
+"""One model in a process of its own, measured on request: `python -m lowbit.speed.worker` talks JSON lines.
 
 Standard input:   {"load": MODEL, "runtime": R}   then any number of   {"prompt_length": P, "output_length": O,
 "batch_size": B, "seed": S}.   Standard output: one JSON object for each, or {"error": ..., "exit_code": ...}.

@@ -14,21 +14,21 @@ from typing import Any
 import torch
 
 import lowbit
+from lowbit.accuracy import evaluate
 from lowbit.artifact import check_output, disk_errors, write_json
-from lowbit.bench import bench
 from lowbit.calibration import read_documents, tokenize
 from lowbit.console import note
 from lowbit.environment import environment
 from lowbit.errors import InputError, LowbitError, nearest
-from lowbit.evaluate import evaluate
 from lowbit.model.checkpoint import DEMO, open_checkpoint
 from lowbit.model.load import load_tokenizer
 from lowbit.pipeline import quantize
 from lowbit.recipe import Recipe
 from lowbit.report import write_report
 from lowbit.runtime.engine import load
-from lowbit.tune.decide import OBJECTIVES, Limits, pareto, recommend, verdict
-from lowbit.tune.split import write_split
+from lowbit.speed import bench
+from lowbit.tuning.decide import OBJECTIVES, Limits, pareto, recommend, verdict
+from lowbit.tuning.split import write_split
 
 CANDIDATES = (("rtn", "w8a8"), ("gptq", "w8a8"), ("rtn", "w4a16"), ("gptq", "w4a16"))
 SAMPLES, SEQ_LEN = 128, 512
