@@ -36,12 +36,14 @@ from lowbit.model.load import (
     release,
     skeleton,
 )
-from lowbit.model.walk import Blocks, Entry, Lockstep, capture_entries, find_blocks, input_groups, linears
+from lowbit.model.lockstep import Walk
+from lowbit.model.walk import Blocks, Entry, capture_entries, find_blocks, input_groups, linears
 from lowbit.preflight import Plan, check_disk, make_plan
 from lowbit.recipe import Recipe
 from lowbit.rounding import UNREACHED, Rounded, Statistics, round_linears
 from lowbit.scheme import Scheme, TensorScheme
 
+HELD_OUT = 16  # one batch in this many checks the method instead of feeding it
 BATCH = 4  # windows a batch: the activations of a small model stay in the cache
 
 
@@ -84,7 +86,7 @@ def quantize(
         clean(output)
         return {**manifest["summary"], "output": str(output), "layers": manifest["layers"]}
     work = Work(output, identity, resume=resume, force=force)
-    job = _Job(net, open_source(net, checkpoint), blocks, plan, recipe, work)
+    job = _Job(net, open_source(net, checkpoint), blocks, plan, recipe, work, torch.get_num_threads())
     layers = job.run(calibration)
     document = document_of(output, recipe, layers, time.perf_counter() - start)
     finish_directory(work, checkpoint, plan.schemes, recipe, calibration, identity, document)
@@ -102,6 +104,7 @@ class _Job:
     plan: Plan
     recipe: Recipe
     work: Work
+    threads: int
 
     def run(self, calibration: Calibration | None) -> list[dict[str, Any]]:
         """Quantize every block in order, or read it back if it is finished. Returns one report a linear."""
@@ -128,7 +131,10 @@ class _Job:
     def _enter(self, calibration: Calibration, dtype: torch.dtype) -> list[Entry]:
         materialize_outside(self.net, self.blocks, self.source, dtype)
         materialize(self.net, self.blocks.names[0], self.source, dtype)
-        return capture_entries(self.net, self.blocks, calibration.tokens.split(BATCH))
+        entries = capture_entries(self.net, self.blocks, calibration.tokens.split(BATCH))
+        for entry in entries[len(entries) - max(len(entries) // HELD_OUT, 1 if len(entries) > 1 else 0) :]:
+            entry.held_out = True
+        return entries
 
     def _round_block(self, block: nn.Module, index: int, entries: list[Entry]) -> dict[str, Rounded]:
         """Every planned linear of the block, by local name; the entries' hidden states move past the block."""
@@ -137,13 +143,13 @@ class _Job:
         rounded: dict[str, Rounded] = {}
         if entries:
             groups = input_groups(block, entries[0], index)
-            walk = Lockstep(block, index, entries, groups, _activations(schemes))
+            walk = Walk(block, index, entries, groups, _activations(schemes), self.threads)
             for k, group in enumerate(groups):
                 wanted = [n for n in group.names if n in schemes]
                 if not wanted:
                     continue
                 width = linears(block)[wanted[0]].in_features
-                statistics = Statistics.collect(walk.inputs(k), width, len(entries))
+                statistics = Statistics.collect(walk, k, width)
                 for scheme in dict.fromkeys(schemes[n] for n in wanted):
                     same = [n for n in wanted if schemes[n] == scheme]
                     rounded |= self._round(block, name, same, scheme, statistics)
@@ -151,7 +157,7 @@ class _Job:
                 entry.hidden = hidden
         for local, scheme in schemes.items():
             if local not in rounded:  # no calibration data, or none that reached it
-                empty = Statistics.collect((), linears(block)[local].in_features, 0) if entries else None
+                empty = Statistics.empty(linears(block)[local].in_features) if entries else None
                 rounded |= self._round(block, name, [local], scheme, empty)
         return {local: rounded[local] for local in schemes}
 
@@ -175,7 +181,7 @@ class _Job:
         for local, scheme in schemes.items():
             quantized = unpack(f"{name}.{local}", tensors.__getitem__, scheme)
             _put(block, local, quantized.dequantize(linears(block)[local].weight.dtype))
-        walk = Lockstep(block, index, entries, (), _activations(schemes))
+        walk = Walk(block, index, entries, (), _activations(schemes), self.threads)
         for entry, hidden in zip(entries, walk.finish(), strict=True):
             entry.hidden = hidden
 

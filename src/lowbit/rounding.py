@@ -4,8 +4,9 @@ The guard: a method's result is kept only where its output error on held-out cal
 plain round-to-nearest's; otherwise RTN stands and the report's `fallback` says why. Nothing falls back silently.
 """
 
+import contextlib
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,12 +16,13 @@ from torch import Tensor
 from lowbit.algorithms import METHODS, make_settings
 from lowbit.algorithms.rtn import rtn
 from lowbit.errors import InputError
+from lowbit.model.lockstep import Walk
+from lowbit.model.walk import Entry
 from lowbit.recipe import Recipe
 from lowbit.scheme import Scheme
 from lowbit.stats import Hessian, quadratic_loss
 from lowbit.tensor import QuantizedTensor
 
-HELD_OUT = 16  # one batch in this many checks the method instead of feeding it
 UNREACHED = "no calibration token reached this layer: rtn"
 
 
@@ -40,13 +42,24 @@ class Statistics:
     held_out: Hessian
 
     @staticmethod
-    def collect(inputs: Iterable[Tensor], width: int, batches: int) -> "Statistics":
-        """The last sixteenth of the batches (at least one of two) is held out."""
-        statistics = Statistics(Hessian(width), Hessian(width))
-        first_held_out = batches - max(batches // HELD_OUT, 1 if batches > 1 else 0)
-        for n, x in enumerate(inputs):
-            (statistics.train if n < first_held_out else statistics.held_out).update(x)
-        return statistics
+    def empty(width: int) -> "Statistics":
+        return Statistics(Hessian(width), Hessian(width))
+
+    @staticmethod
+    def collect(walk: Walk, k: int, width: int) -> "Statistics":
+        """Of the k-th input group of the block that `walk` goes through."""
+
+        def gather(inputs: Iterator[tuple[Entry, Tensor]]) -> Statistics:
+            share = Statistics.empty(width)
+            for entry, x in inputs:
+                (share.held_out if entry.held_out else share.train).update(x)
+            return share
+
+        total = Statistics.empty(width)
+        for share in walk.collect(k, gather):
+            total.train.merge(share.train)
+            total.held_out.merge(share.held_out)
+        return total
 
     def loss(self, error: Tensor) -> tuple[float, float | None]:
         """(loss under all calibration rows, loss under the held-out ones if there are any) of an error (out, in)."""
@@ -109,6 +122,18 @@ def round_linears(
     return rounded
 
 
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    """Column loops are thousands of operations of a few microseconds: a second thread costs more than it brings,
+    and on a busy machine each waits for it."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 def _apply(
     where: str, weight: Tensor, scheme: Scheme, statistics: Statistics | None, recipe: Recipe, plain: QuantizedTensor
 ) -> tuple[QuantizedTensor, dict[str, Any], str | None]:
@@ -130,7 +155,8 @@ def _apply(
         return plain, {}, UNREACHED
     noted = {"bad_rows": bad} if bad else {}
     try:
-        result, notes = method.rounding(weight, train.mean(), scheme.weight, settings, plain.scale.dtype)
+        with one_thread():
+            result, notes = method.rounding(weight, train.mean(), scheme.weight, settings, plain.scale.dtype)
     except ValueError as error:
         return plain, noted, f"{error}: rtn"
     return result, noted | notes, None

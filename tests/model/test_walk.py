@@ -7,7 +7,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from lowbit.errors import InputError
-from lowbit.model.walk import Entry, Lockstep, capture_entries, find_blocks, input_groups, linears
+from lowbit.model.lockstep import Lockstep, Walk
+from lowbit.model.walk import Entry, capture_entries, find_blocks, input_groups, linears
 from lowbit.numerics import fake_quantize_activation
 from lowbit.scheme import TensorScheme
 
@@ -107,7 +108,7 @@ def test_walking_is_the_plain_forward_pass(model: Any) -> None:
         ]
         walk = Lockstep(block, i, entries, groups, {})
         for k, group in enumerate(groups):
-            inputs = list(walk.inputs(k))
+            inputs = [x for _, x in walk.inputs(k)]
             assert len(inputs) == len(entries)
             for x, (theirs, _) in zip(inputs, plain, strict=True):
                 for local in group.names:
@@ -149,7 +150,7 @@ def test_a_replaced_weight_is_what_later_groups_see() -> None:
     list(walk.inputs(0))
     for local in groups[0].names:
         block.get_submodule(local).weight.mul_(0.5)
-    (x,) = walk.inputs(1)
+    ((_, x),) = walk.inputs(1)
     assert torch.equal(x, expected["model.layers.0.self_attn.o_proj"])
     (hidden,) = walk.finish()
     assert torch.equal(hidden, outputs[0])
@@ -173,10 +174,10 @@ def test_activations_are_rounded_in_the_walk_and_statistics_see_them_unrounded()
     block, grid = model.model.layers[0], TensorScheme("int", 8, "token")
     groups = input_groups(block, entries[0], 0)
     plain = Lockstep(block, 0, entries, groups, {})
-    (raw,) = plain.inputs(0)
+    ((_, raw),) = plain.inputs(0)
     plain.finish()
     walk = Lockstep(block, 0, entries, groups, dict.fromkeys(linears(block), grid))
-    (x,) = walk.inputs(0)
+    ((_, x),) = walk.inputs(0)
     assert torch.equal(x, raw)
     (mine,) = walk.finish()
     handles = [
@@ -237,3 +238,19 @@ def test_experts_inside_a_block_are_not_the_blocks() -> None:
     single = nn.Module()
     single.layers = nn.ModuleList([Mixture()])  # as many parameters in the list inside as in the list outside
     assert find_blocks(single).name == "layers"
+
+
+def test_threads_share_the_batches_and_compute_the_same() -> None:
+    """Five batches on two threads give what they give on one, in order, each group once a batch."""
+    model = llama()
+    block = model.get_submodule(find_blocks(model).names[0])
+    entries = entries_of(model, 5)
+    expected = [e.run(block, 0) for e in entries]
+    groups = input_groups(block, entries[0], 0)
+    walk = Walk(block, 0, entries, groups, {}, threads=2)
+    seen = walk.collect(0, lambda inputs: [entry for entry, _ in inputs])
+    assert [len(share) for share in seen] == [3, 2]
+    assert [e for share in seen for e in share] == entries
+    for mine, theirs in zip(walk.finish(), expected, strict=True):
+        assert torch.equal(mine, theirs)
+    assert not any(m._forward_pre_hooks for m in block.modules())

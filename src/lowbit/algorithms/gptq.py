@@ -50,12 +50,12 @@ def gptq(
     H = _alive(hessian.float())
     order = column_order(H.diagonal(), scheme, settings.desc_act)
     U, used = inverse_cholesky(H[order][:, order], settings.dampening_frac)
-    if settings.scale_search:
+    grouped = scheme.granularity == "group"
+    if settings.scale_search and not grouped:
         scale, zero = search_qparams(W, scheme, H.diagonal(), scale_dtype)
-    else:
+    else:  # a group's scale is searched when its first column is reached
         scale, zero = choose_qparams(W, scheme, scale_dtype)
     grid = _Columns(scale, zero, scheme, W.shape)
-    grouped = scheme.granularity == "group"
     width = scheme.group_size if grouped else 1
     block = max(settings.block_size // width, 1) * width  # lazy blocks hold whole groups
 

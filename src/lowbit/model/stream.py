@@ -8,7 +8,8 @@ from torch import Tensor
 
 from lowbit.model.checkpoint import Checkpoint
 from lowbit.model.load import materialize, materialize_outside, open_source, release, skeleton
-from lowbit.model.walk import Lockstep, capture_entries, find_blocks
+from lowbit.model.lockstep import Lockstep
+from lowbit.model.walk import capture_entries, find_blocks
 
 FINGERPRINT_TOKENS = 64
 FINGERPRINT_TOP = 8

@@ -7,17 +7,14 @@ lockstep      all calibration batches walk through a block together and pause wh
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import greenlet
 import torch
 from torch import Tensor, nn
 
 from lowbit.errors import InputError
-from lowbit.numerics import fake_quantize_activation
-from lowbit.scheme import TensorScheme
 
 
 @dataclass(frozen=True)
@@ -52,6 +49,7 @@ class Entry:
 
     hidden: Tensor  # (batch, tokens, width)
     arguments: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    held_out: bool = False  # checks a method's result instead of feeding the method
 
     def run(self, block: nn.Module, index: int) -> Tensor:
         """The hidden states after `block`, the index-th."""
@@ -146,82 +144,3 @@ def input_groups(block: nn.Module, entry: Entry, index: int) -> list[InputGroup]
         for handle in handles:
             handle.remove()
     return [InputGroup(tuple(dict.fromkeys(names))) for _, names in seen]
-
-
-class _Walker(greenlet.greenlet):
-    """One batch on its way through a block: which groups it has passed, and what it is waiting with."""
-
-    passed: set[int]
-    waiting: tuple[int, Tensor] | None
-    output: Tensor
-
-
-class Lockstep:
-    """All batches walk through one block together, each computing every operation once.
-
-    Each batch's forward pass is a coroutine (a greenlet, since the block's code is not ours to split) that pauses
-    when an input group is reached. While all are paused, the group's linears can be replaced; the walk then goes on
-    with the new weights. That is GPTQ's "true sequential" order at the cost of a single pass.
-    """
-
-    def __init__(
-        self,
-        block: nn.Module,
-        index: int,
-        entries: list[Entry],
-        groups: Sequence[InputGroup],
-        activations: Mapping[str, TensorScheme],
-    ) -> None:
-        """`activations`: the grid that a linear's input is rounded to once its weight is quantized, by local name."""
-        self._main = greenlet.getcurrent()
-        self._walkers = [_Walker(lambda e=e: e.run(block, index)) for e in entries]
-        for walker in self._walkers:
-            walker.passed, walker.waiting = set(), None
-        modules = linears(block)
-        group_of = {name: k for k, group in enumerate(groups) for name in group.names}
-        self._handles = [
-            module.register_forward_pre_hook(self._pause_and_round(group_of.get(name), activations.get(name)))
-            for name, module in modules.items()
-        ]
-
-    def _pause_and_round(self, k: int | None, grid: TensorScheme | None) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            walker = greenlet.getcurrent()
-            assert isinstance(walker, _Walker)
-            if k is not None and k not in walker.passed:
-                walker.passed.add(k)
-                walker.waiting = (k, args[0])
-                self._main.switch(None)
-            return None if grid is None else (fake_quantize_activation(args[0], grid), *args[1:])
-
-        return hook
-
-    def inputs(self, k: int) -> Iterator[Tensor]:
-        """The k-th group's input, batch by batch (a batch that never reaches the group yields nothing)."""
-        for walker in self._walkers:
-            while not walker.dead and (walker.waiting is None or walker.waiting[0] < k):
-                walker.waiting = None
-                self._resume(walker)
-            if walker.waiting is not None and walker.waiting[0] == k:
-                yield walker.waiting[1]
-
-    def finish(self) -> list[Tensor]:
-        """The hidden states after the block, batch by batch."""
-        outputs = []
-        for walker in self._walkers:
-            while not walker.dead:
-                walker.waiting = None
-                self._resume(walker)
-            outputs.append(walker.output)
-        self.close()
-        return outputs
-
-    def _resume(self, walker: _Walker) -> None:
-        result = walker.switch()
-        if walker.dead:
-            walker.output = result
-
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._walkers = []

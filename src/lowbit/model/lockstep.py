@@ -1,0 +1,153 @@
+"""All calibration batches walk through a block in step, and pause where the next group's input is known.
+
+`Lockstep` does it in one thread; `Walk` deals the batches out to a fixed number of threads, each computing with a
+single torch thread: large independent pieces of work, instead of splitting every operation and waiting at its end.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import greenlet
+import torch
+from torch import Tensor, nn
+
+from lowbit.model.walk import Entry, InputGroup, linears
+from lowbit.numerics import fake_quantize_activation
+from lowbit.scheme import TensorScheme
+
+T = TypeVar("T")
+
+
+class _Walker(greenlet.greenlet):
+    """One batch on its way through a block: which groups it has passed, and what it is waiting with."""
+
+    lockstep: "Lockstep"
+    entry: Entry
+    passed: set[int]
+    waiting: tuple[int, Tensor] | None
+    output: Tensor
+
+
+class Lockstep:
+    """All batches walk through one block together, each computing every operation once.
+
+    Each batch's forward pass is a coroutine (a greenlet, since the block's code is not ours to split) that pauses
+    when an input group is reached. While all are paused, the group's linears can be replaced; the walk then goes on
+    with the new weights. That is GPTQ's "true sequential" order at the cost of a single pass.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        index: int,
+        entries: list[Entry],
+        groups: Sequence[InputGroup],
+        activations: Mapping[str, TensorScheme],
+    ) -> None:
+        """`activations`: the grid that a linear's input is rounded to once its weight is quantized, by local name."""
+        self._main = greenlet.getcurrent()
+        self._walkers = [_Walker(lambda e=e: e.run(block, index)) for e in entries]
+        for walker, entry in zip(self._walkers, entries, strict=True):
+            walker.lockstep, walker.entry, walker.passed, walker.waiting = self, entry, set(), None
+        modules = linears(block)
+        group_of = {name: k for k, group in enumerate(groups) for name in group.names}
+        self._handles = [
+            module.register_forward_pre_hook(self._pause_and_round(group_of.get(name), activations.get(name)))
+            for name, module in modules.items()
+        ]
+
+    def _pause_and_round(self, k: int | None, grid: TensorScheme | None) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            walker = greenlet.getcurrent()
+            if not isinstance(walker, _Walker) or walker.lockstep is not self:
+                return None  # a batch of another thread's walk through the same block
+            if k is not None and k not in walker.passed:
+                walker.passed.add(k)
+                walker.waiting = (k, args[0])
+                self._main.switch(None)
+            return None if grid is None else (fake_quantize_activation(args[0], grid), *args[1:])
+
+        return hook
+
+    def inputs(self, k: int) -> Iterator[tuple[Entry, Tensor]]:
+        """The k-th group's input, batch by batch (a batch that never reaches the group yields nothing)."""
+        for walker in self._walkers:
+            while not walker.dead and (walker.waiting is None or walker.waiting[0] < k):
+                walker.waiting = None
+                self._resume(walker)
+            if walker.waiting is not None and walker.waiting[0] == k:
+                yield walker.entry, walker.waiting[1]
+
+    def finish(self) -> list[Tensor]:
+        """The hidden states after the block, batch by batch; then the block is left as it was."""
+        outputs = self.outputs()
+        self.close()
+        return outputs
+
+    def outputs(self) -> list[Tensor]:
+        outputs = []
+        for walker in self._walkers:
+            while not walker.dead:
+                walker.waiting = None
+                self._resume(walker)
+            outputs.append(walker.output)
+        return outputs
+
+    def _resume(self, walker: _Walker) -> None:
+        result = walker.switch()
+        if walker.dead:
+            walker.output = result
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._walkers = []
+
+
+class Walk:
+    """The walk of all batches through one block, dealt out to `threads` threads in contiguous shares.
+
+    What is summed is summed share by share and then over the shares in order, so a result depends on the number of
+    threads but not on their timing.
+    """
+
+    def __init__(
+        self,
+        block: nn.Module,
+        index: int,
+        entries: list[Entry],
+        groups: Sequence[InputGroup],
+        activations: Mapping[str, TensorScheme],
+        threads: int,
+    ) -> None:
+        size = -(-len(entries) // threads)
+        shares = [entries[i : i + size] for i in range(0, len(entries), size)]
+        # a greenlet lives in the thread it was made in: each share has a thread of its own
+        self._pools = [ThreadPoolExecutor(1, initializer=_begin_thread) for _ in shares]
+        self._walks = [
+            pool.submit(Lockstep, block, index, share, groups, activations).result()
+            for pool, share in zip(self._pools, shares, strict=True)
+        ]
+
+    def collect(self, k: int, gather: Callable[[Iterator[tuple[Entry, Tensor]]], T]) -> list[T]:
+        """`gather` over the k-th group's inputs, once a share, in the shares' order."""
+        return self._each(lambda walk: gather(walk.inputs(k)))
+
+    def finish(self) -> list[Tensor]:
+        """The hidden states after the block, batch by batch; then the block is left as it was."""
+        outputs = self._each(Lockstep.outputs)
+        for walk in self._walks:
+            walk.close()
+        for pool in self._pools:
+            pool.shutdown()
+        return [hidden for share in outputs for hidden in share]
+
+    def _each(self, work: Callable[[Lockstep], T]) -> list[T]:
+        futures = [pool.submit(work, walk) for pool, walk in zip(self._pools, self._walks, strict=True)]
+        return [future.result() for future in futures]
+
+
+def _begin_thread() -> None:
+    torch.set_grad_enabled(False)
+    torch.set_num_threads(1)
