@@ -58,7 +58,8 @@ Decoder::Decoder(Config config, const char* isa)
   auto take = [&](size_t bytes) { size_t o = at; at += (bytes + 127) / 64 * 64; return o; };
   const size_t x = take(m * c.hidden * 4), qkv = take(m * (qd + 2 * kd) * 4), attn = take(m * qd * 4),
                gu = take(m * std::max(2 * c.inner, c.hidden) * 4), h = take(m * std::max(c.inner, c.hidden) * 4), q = take(m * wide), s = take(m * wide / 8),
-               u = take(m * wide / 8), b = take(m * wide * 2);
+               u = take(m * wide / 8), b = take(m * wide * 2),
+               f = take(c.act_group < 0 ? m * wide * 4 : 0);
   const size_t scratch = k_->linear_scratch + 64 * 128 + m * 128 + k_->attention_scratch(c.head_dim, c.heads / c.kv_heads);
   std::vector<size_t> per(pool_.size());
   for (auto& p : per) p = take(scratch);
@@ -67,7 +68,7 @@ Decoder::Decoder(Config config, const char* isa)
   uint8_t* base = arena_.data() + (64 - (uintptr_t)arena_.data() % 64) % 64;
   x_ = (float*)(base + x), qkv_ = (float*)(base + qkv), attn_ = (float*)(base + attn), gu_ = (float*)(base + gu);
   h_ = (float*)(base + h), q_ = (int8_t*)(base + q), scale_ = (float*)(base + s), sum_ = (int32_t*)(base + u);
-  bf16_ = (uint16_t*)(base + b), logits_ = (float*)(base + lg);
+  bf16_ = (uint16_t*)(base + b), f32_ = (float*)(base + f), logits_ = (float*)(base + lg);
   for (size_t p : per) scratch_.push_back(base + p);
 }
 
@@ -84,6 +85,7 @@ void Decoder::each(int thread, int n, int grain, F f) {
 Act Decoder::act(const Weight& w) const {
   Act a;
   a.q = q_, a.scale = scale_, a.sum = sum_, a.bf16 = bf16_, a.stride = up32(w.cols), a.fold = w.fold;
+  if (cfg_.act_group < 0) a.f32 = f32_;
   return a;
 }
 
@@ -91,6 +93,14 @@ Act Decoder::act(const Weight& w) const {
 void Decoder::quantize(int thread, const Call&, int rows, const float* x, size_t stride, const float* norm,
                        const Weight& w, bool bf16) {
   const int n = w.cols, wide = up32(n), folds = wide / w.fold, group = cfg_.act_group ? cfg_.act_group : n;
+  if (cfg_.act_group < 0) {
+    each(thread, rows, 1, [&](int r) {
+      float* y = f32_ + (size_t)r * wide;
+      k_->norm_quant(x + (size_t)r * stride, norm, cfg_.eps, n, wide, 32, 32, nullptr, nullptr, nullptr, nullptr, y);
+      std::fill(y + n, y + wide, 0.f);
+    });
+    return;
+  }
   const bool ints = w.kind != Kind::kBf16;
   // Without a norm and with small groups even one row can be shared out.
   const int piece = !norm && group < 512 && 512 % group == 0 && 512 % w.fold == 0 && rows < 4 ? 512 : wide;

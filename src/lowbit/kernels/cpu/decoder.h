@@ -33,7 +33,7 @@ struct Config {
   int hidden = 0, inner = 0, heads = 0, kv_heads = 0, head_dim = 0, rotary = 0, vocab = 0;
   int max_tokens = 512, max_position = 0;
   int activation = 0;             // 0 silu, 1 gelu tanh
-  int act_group = 0;              // columns per int8 activation scale; 0: a whole token
+  int act_group = 0;              // columns per int8 activation scale; 0: a whole token; -1: float activations
   float eps = 1e-5f, embed_scale = 1.f, attn_scale = 0.f, attn_softcap = 0.f, logit_softcap = 0.f;
   uintptr_t embedding = 0;        // vocab x hidden
   int embedding_type = 1;         // 0 float, 1 bf16, 2 fp16
@@ -72,7 +72,7 @@ class Decoder {
   const Kernels* k_;
   Pool& pool_;
   std::vector<uint8_t> arena_;
-  float *x_, *qkv_, *attn_, *gu_, *h_, *logits_;
+  float *x_, *qkv_, *attn_, *gu_, *h_, *logits_, *f32_;
   int8_t* q_;
   float* scale_;
   int32_t* sum_;

@@ -83,7 +83,7 @@ void norm_quant(const float* x, const float* weight, float eps, int n, int strid
       store(q + i, __builtin_convertvector(c, S16));
     }
     scale[f] = group_scale;
-    sum[f] = reduce_add_i(total);
+    sum[f] = -reduce_add_i(total);
   }
 }
 

@@ -24,8 +24,9 @@ LB_INLINE const uint8_t* panel_zeros(const Weight& w, int panel) {
 LB_INLINE I16 load_zero(const uint8_t* p) { return __builtin_convertvector(load<B16>(p), I16); }
 
 // The product of (code - zero) with a is the product of code with a, minus zero * sum(a): start the sum there.
-LB_INLINE I16 start_sum(int32_t zero, int32_t sum) { return splat_i(-zero * sum); }
-LB_INLINE I16 start_sum(I16 zero, int32_t sum) { return -zero * sum; }
+// Act.sum holds minus the sum, and the zero of symmetric weights is a power of two: a broadcast and a shift.
+LB_INLINE I16 start_sum(int shift, int32_t minus_sum) { return splat_i(minus_sum) << shift; }
+LB_INLINE I16 start_sum(I16 zero, int32_t minus_sum) { return zero * minus_sum; }
 
 LB_INLINE F16 fold_in(F16 total, I16 sum, F16 weight_scale, float act_scale) {
   return fma(to_float(sum), weight_scale * act_scale, total);

@@ -5,6 +5,7 @@
 #include "bandwidth.h"
 #include "bf16.h"
 #include "elementwise.h"
+#include "exact.h"
 #include "linear.h"
 #include "lut.h"
 
@@ -24,6 +25,7 @@ void few_rows(const Weight& w, const Act& a, int row0, int p0, int p1, float* ou
 }
 
 void linear(const Weight& w, const Act& a, int m, int p0, int p1, float* out, size_t ldo, bool add, uint8_t* scratch) {
+  if (a.f32) return exact_linear(w, a, m, p0, p1, out, ldo, add);
   Slab& slab = *(Slab*)scratch;
   float* carry = (float*)(scratch + sizeof(Slab));
   if (w.kind == Kind::kBf16) return bf16_linear(w, a, m, p0, p1, out, ldo, add, carry);

@@ -38,7 +38,7 @@ struct Weight {
   int32_t group = 0;                 // columns per scale; >= cols: one per row
   int32_t n_groups = 1;
   int32_t fold = 32;                 // columns per activation scale and float addition
-  int32_t zero = 8;                  // of symmetric weights
+  int32_t zero = 8;                  // of symmetric weights: a power of two up to 128
   ScaleType scale_type = ScaleType::kF32;
   const uint8_t* codes = nullptr;    // panels x blocks x 64 bits bytes
   const uint8_t* scales = nullptr;   // panels x n_groups x 16 of scale_type
@@ -52,8 +52,9 @@ struct Weight {
 struct Act {
   const int8_t* q = nullptr;
   const float* scale = nullptr;
-  const int32_t* sum = nullptr;
+  const int32_t* sum = nullptr;  // minus the sum of a fold's codes
   const uint16_t* bf16 = nullptr;
+  const float* f32 = nullptr;  // if set, nothing else is read: products with float activations
   int32_t stride = 0;
   int32_t fold = 32;
 };

@@ -40,7 +40,7 @@ LB_INLINE void spread(const uint8_t* p, B64 w[8]) {
   }
 }
 
-template <int BITS, int M>
+template <int BITS, bool ASYM, int M>
 LB_INLINE void gemv_panel(const Weight& w, const Act& a, int row0, int panel, float* out, size_t ldo, bool add) {
   constexpr int kBytes = 64 * BITS;
   const uint8_t* p = w.codes + (size_t)panel * w.blocks * kBytes;
@@ -53,13 +53,14 @@ LB_INLINE void gemv_panel(const Weight& w, const Act& a, int row0, int panel, fl
   const int act_folds = a.stride / a.fold;
   const float* as = a.scale + (size_t)row0 * act_folds;
   const int32_t* sums = a.sum + (size_t)row0 * act_folds;
+  const int shift = __builtin_ctz((unsigned)w.zero | 256u);
   F16 total[M] = {}, ws = {};
-  I16 zero = splat_i(w.zero);
+  I16 zero = {};
   for (int f = 0, left = 0; f < folds; ++f) {
     if (left == 0) {
       ws = load_scale(ps, w.scale_type);
       ps += ss;
-      if (pz) {
+      if (ASYM) {
         zero = load_zero(pz);
         pz += kPanel;
       }
@@ -68,17 +69,17 @@ LB_INLINE void gemv_panel(const Weight& w, const Act& a, int row0, int panel, fl
     --left;
     I16 acc[M];
     for (int m = 0; m < M; ++m)
-      acc[m] = pz ? start_sum(zero, sums[m * act_folds + f]) : start_sum(w.zero, sums[m * act_folds + f]);
+      acc[m] = ASYM ? start_sum(zero, sums[m * act_folds + f]) : start_sum(shift, sums[m * act_folds + f]);
     for (int b = 0; b < per_fold; ++b, p += kBytes, q += kBlock) {
       B64 x[8];
       spread<BITS>(p, x);
       for (int m = 0; m < M; ++m) {
-        I16 odd = {};
-        for (int j = 0; j < 8; j += 2) {
-          acc[m] = dot4<BITS != 8>(acc[m], x[j], splat_i(load_i32(q + (size_t)m * a.stride + 4 * j)));
-          odd = dot4<BITS != 8>(odd, x[j + 1], splat_i(load_i32(q + (size_t)m * a.stride + 4 * j + 4)));
+        I16 odd = {};  // a second chain, so that one row alone does not wait on the latency of the first
+        for (int j = 0; j < 8; ++j) {
+          I16& sum = M <= 2 && j % 2 ? odd : acc[m];
+          sum = dot4<BITS != 8>(sum, x[j], splat_i(load_i32(q + (size_t)m * a.stride + 4 * j)));
         }
-        acc[m] += odd;
+        if (M <= 2) acc[m] += odd;
       }
     }
     for (int m = 0; m < M; ++m) total[m] = fold_in(total[m], acc[m], ws, as[m * act_folds + f]);
@@ -88,7 +89,9 @@ LB_INLINE void gemv_panel(const Weight& w, const Act& a, int row0, int panel, fl
 
 template <int BITS, int M>
 void gemv(const Weight& w, const Act& a, int row0, int p0, int p1, float* out, size_t ldo, bool add) {
-  for (int panel = p0; panel < p1; ++panel) gemv_panel<BITS, M>(w, a, row0, panel, out, ldo, add);
+  for (int panel = p0; panel < p1; ++panel)
+    w.zeros ? gemv_panel<BITS, true, M>(w, a, row0, panel, out, ldo, add)
+            : gemv_panel<BITS, false, M>(w, a, row0, panel, out, ldo, add);
 }
 
 // A slab: NP panels spread to bytes, with scales and zeros already wide.
@@ -102,6 +105,7 @@ struct Slab {
 template <bool SMALL, bool ASYM, int NP, int M>
 LB_INLINE void tile(const Slab& s, const Weight& w, const Act& a, int row0, int k0, int folds, F16 total[NP][M]) {
   const int act_folds = a.stride / a.fold, per_fold = w.fold / kBlock, f0 = k0 / w.fold;
+  const int shift = __builtin_ctz((unsigned)w.zero | 256u);
   const int8_t* q = a.q + (size_t)row0 * a.stride + k0;
   const float* as = a.scale + (size_t)row0 * act_folds + f0;
   const int32_t* sums = a.sum + (size_t)row0 * act_folds + f0;
@@ -112,7 +116,7 @@ LB_INLINE void tile(const Slab& s, const Weight& w, const Act& a, int row0, int 
     for (int n = 0; n < NP; ++n)
       for (int m = 0; m < M; ++m)
         acc[n][m] = ASYM ? start_sum(load<I16>(s.zero[n][f]), sums[m * act_folds + f])
-                         : start_sum(w.zero, sums[m * act_folds + f]);
+                         : start_sum(shift, sums[m * act_folds + f]);
     for (int b = 0; b < per_fold; ++b) {
       for (int j = 0; j < 8; ++j) {
         B64 x[NP];

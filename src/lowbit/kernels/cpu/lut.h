@@ -81,7 +81,7 @@ void table_gemv(const Weight& w, const Act& a, int row0, int p0, int p1, float* 
           }
         }
       for (int m = 0; m < M; ++m) {
-        I16 s = start_sum(128, sums[m * act_folds + f]) + LB_SUM_QUADS(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
+        I16 s = start_sum(7, sums[m * act_folds + f]) + LB_SUM_QUADS(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
         total[m] = fold_in(total[m], s, ws, as[m * act_folds + f]);
       }
     }

@@ -6,6 +6,7 @@
 #include <nanobind/stl/optional.h>
 
 #include <chrono>
+#include <cstring>
 #include <optional>
 #include <stdexcept>
 
@@ -46,7 +47,7 @@ static Weight make_weight(int kind, int bits, int rows, int cols, int group, int
 // out (m, rows) = x (m, cols) W^T: quantize the activations, then multiply. threads share rows, then panels.
 static void linear(const Weight& w, Address x, int m, int act_group, Address out, std::optional<std::string> isa) {
   const Kernels& k = named(isa);
-  const int wide = w.blocks * kBlock, folds = wide / w.fold, group = act_group ? act_group : wide;
+  const int wide = w.blocks * kBlock, folds = wide / w.fold, group = act_group > 0 ? act_group : wide;
   if (group < wide && group % w.fold) throw std::invalid_argument("act_group must be a multiple of the weight's fold");
   Pool& pool = Pool::shared();
   std::vector<int8_t> q((size_t)m * wide + 64);
@@ -57,13 +58,18 @@ static void linear(const Weight& w, Address x, int m, int act_group, Address out
   std::vector<uint8_t> scratch(each * pool.size() + 64);
   uint8_t* base = scratch.data() + (64 - (uintptr_t)scratch.data() % 64) % 64;
   Act a;
+  std::vector<float> f32(act_group < 0 ? (size_t)m * wide : 0);
+  if (act_group < 0) a.f32 = f32.data();
   a.q = q.data(), a.scale = scale.data(), a.sum = sum.data(), a.bf16 = bf16.data(), a.stride = wide, a.fold = w.fold;
   pool.run([&](int t) {
     for (;;) {
       auto r = pool.next(t, m, 4);
       if (r.begin >= r.end) break;
       for (int i = r.begin; i < r.end; ++i)
-        k.norm_quant(at<float>(x) + (size_t)i * w.cols, nullptr, 0.f, w.cols, wide, w.fold, group,
+        if (act_group < 0)
+          std::memcpy(&f32[(size_t)i * wide], at<float>(x) + (size_t)i * w.cols, (size_t)w.cols * 4);
+        else
+          k.norm_quant(at<float>(x) + (size_t)i * w.cols, nullptr, 0.f, w.cols, wide, w.fold, group,
                      w.kind == Kind::kBf16 ? nullptr : q.data() + (size_t)i * wide, scale.data() + (size_t)i * folds,
                      sum.data() + (size_t)i * folds, bf16.empty() ? nullptr : bf16.data() + (size_t)i * wide, nullptr);
     }

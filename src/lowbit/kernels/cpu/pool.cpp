@@ -18,8 +18,9 @@ static inline void pause() {
 #endif
 }
 
-// A few tens of microseconds of spinning bridge the gap between two phases or two tokens; after that, give the core up.
-constexpr int kSpinBarrier = 4000, kSpinIdle = 20000;
+// Some microseconds of spinning bridge the gap between two phases; then the core is offered to whoever else may need it
+// (perhaps the very thread that is waited for), and between calls, after about a millisecond, the thread sleeps.
+constexpr int kSpin = 400, kOffers = 2000;
 
 Pool::Pool(int threads) : size_(threads < 1 ? 1 : threads), cursor_(new Counter[threads < 1 ? 1 : threads]) {
   for (int t = 1; t < size_; ++t) threads_.emplace_back([this, t] { work(t); });
@@ -40,8 +41,12 @@ void Pool::work(int thread) {
   for (;;) {
     int spins = 0;
     while (epoch_.load(std::memory_order_acquire) == seen) {
-      if (++spins < kSpinIdle) {
+      if (++spins < kSpin) {
         pause();
+        continue;
+      }
+      if (spins < kSpin + kOffers) {
+        std::this_thread::yield();
         continue;
       }
       std::unique_lock<std::mutex> lock(sleep_);
@@ -83,7 +88,7 @@ void Pool::barrier() {
     return;
   }
   for (int spins = 0; phase_.load(std::memory_order_acquire) == phase;) {
-    if (++spins < kSpinBarrier)
+    if (++spins < kSpin)
       pause();
     else
       std::this_thread::yield();
