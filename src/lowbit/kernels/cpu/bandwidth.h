@@ -38,18 +38,20 @@ uint64_t read_pattern(const uint8_t* p, size_t n, int pattern) {
 // 12 independent chains of 64 byte products an iteration. The empty statement hides the values from the compiler, which
 // would otherwise notice that the chains are equal.
 uint64_t ops_int8(size_t iterations) {
-  I16 acc[12] = {};
+  I16 a0 = {}, a1 = {}, a2 = {}, a3 = {}, a4 = {}, a5 = {}, a6 = {}, a7 = {}, a8 = {}, a9 = {}, a10 = {}, a11 = {};
   B64 w = splat_b(3);
   I16 a = splat_i(0x02010201);
-  for (size_t i = 0; i < iterations; ++i)
-    for (int j = 0; j < 12; ++j) {
 #if defined(__AVX512F__)
-      __asm__("" : "+v"(acc[j]));
+#define LB_STEP(x) x = dot4<true>(x, w, a); __asm__("" : "+v"(x))
+#else
+#define LB_STEP(x) x = dot4<true>(x, w, a); __asm__("" : "+m"(x))
 #endif
-      acc[j] = dot4<true>(acc[j], w, a);
-    }
-  for (int j = 1; j < 12; ++j) acc[0] += acc[j];
-  return (uint64_t)reduce_add_i(acc[0]);
+  for (size_t i = 0; i < iterations; ++i) {
+    LB_STEP(a0); LB_STEP(a1); LB_STEP(a2); LB_STEP(a3); LB_STEP(a4); LB_STEP(a5);
+    LB_STEP(a6); LB_STEP(a7); LB_STEP(a8); LB_STEP(a9); LB_STEP(a10); LB_STEP(a11);
+  }
+#undef LB_STEP
+  return (uint64_t)reduce_add_i(a0 + a1 + a2 + a3 + a4 + a5 + a6 + a7 + a8 + a9 + a10 + a11);
 }
 
 }  // namespace LOWBIT_ISA

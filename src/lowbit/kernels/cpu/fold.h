@@ -28,9 +28,7 @@ LB_INLINE I16 load_zero(const uint8_t* p) { return __builtin_convertvector(load<
 LB_INLINE I16 start_sum(int shift, int32_t minus_sum) { return splat_i(minus_sum) << shift; }
 LB_INLINE I16 start_sum(I16 zero, int32_t minus_sum) { return zero * minus_sum; }
 
-LB_INLINE F16 fold_in(F16 total, I16 sum, F16 weight_scale, float act_scale) {
-  return fma(to_float(sum), weight_scale * act_scale, total);
-}
+LB_INLINE F16 fold_in(F16 part, I16 sum, float act_scale) { return fma(to_float(sum), splat(act_scale), part); }
 
 // Lanes past the last row are dropped; the bias joins after the last fold.
 LB_INLINE void finish(const Weight& w, int panel, F16 v, float* out, bool add) {

@@ -11,9 +11,10 @@
 //   table    like 4 bits, but transposed so that one 128-bit lane holds one row (see lut.h)
 //
 // Codes are stored unsigned; `zero` is what the stored code of the value 0 is, so W = (code - zero) * scale.
-// A product of a block with int8 activations is exact in int32. Every `fold` columns the sum leaves the integers:
-//   out += float(sum) * (weight scale * activation scale)
-// and that, in increasing k, is the only float addition there is. It is the same for 1 row and for 512, for every
+// A product of a block with int8 activations is exact in int32. Every `fold` columns (one activation scale) the sum
+// leaves the integers, every `segment` columns (at most one weight scale) it meets the weight's scale:
+//   part += float(sum) * activation scale        total += part * weight scale
+// and that, in increasing k, is all the float arithmetic there is. It is the same for 1 row and for 512, for every
 // thread count: prefill, batched decode and single decode of a linear agree bit for bit.
 #pragma once
 
@@ -37,7 +38,8 @@ struct Weight {
   int32_t panels = 0, blocks = 0;    // ceil(rows / 16) (even for bf16), ceil(cols / 32)
   int32_t group = 0;                 // columns per scale; >= cols: one per row
   int32_t n_groups = 1;
-  int32_t fold = 32;                 // columns per activation scale and float addition
+  int32_t fold = 32;                 // columns per int32 sum
+  int32_t segment = 32;              // multiple of fold, divides group and kMaxFold: columns per float part
   int32_t zero = 8;                  // of symmetric weights: a power of two up to 128
   ScaleType scale_type = ScaleType::kF32;
   const uint8_t* codes = nullptr;    // panels x blocks x 64 bits bytes

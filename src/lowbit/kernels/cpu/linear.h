@@ -6,7 +6,8 @@
 //
 // Many rows (prefill): arithmetic is the limit. Two panels x 512 columns are spread once into a 16 KiB slab that stays
 // in the first cache; a tile of 2 panels x 6 rows then keeps 12 integer and 12 float sums in registers and needs 8
-// loads for 12 dot products.
+// loads for 12 dot products. With an activation scale every 32 columns a sum costs one conversion and one
+// multiply-add per 8 dot products; the weight's scale comes in once a segment.
 #pragma once
 
 #include "fold.h"
@@ -47,8 +48,8 @@ LB_INLINE void gemv_panel(const Weight& w, const Act& a, int row0, int panel, fl
   const uint8_t* ps = panel_scales(w, panel);
   const uint8_t* pz = panel_zeros(w, panel);
   const size_t ss = scale_size(w.scale_type) * kPanel;
-  const int folds = w.blocks * kBlock / w.fold, per_fold = w.fold / kBlock;
-  const int per_group = w.group >= w.cols ? folds : w.group / w.fold;
+  const int segments = w.blocks * kBlock / w.segment, folds = w.segment / w.fold, per_fold = w.fold / kBlock;
+  const int per_group = w.group >= w.cols ? segments : w.group / w.segment;
   const int8_t* q = a.q + (size_t)row0 * a.stride;
   const int act_folds = a.stride / a.fold;
   const float* as = a.scale + (size_t)row0 * act_folds;
@@ -56,7 +57,7 @@ LB_INLINE void gemv_panel(const Weight& w, const Act& a, int row0, int panel, fl
   const int shift = __builtin_ctz((unsigned)w.zero | 256u);
   F16 total[M] = {}, ws = {};
   I16 zero = {};
-  for (int f = 0, left = 0; f < folds; ++f) {
+  for (int g = 0, left = 0; g < segments; ++g) {
     if (left == 0) {
       ws = load_scale(ps, w.scale_type);
       ps += ss;
@@ -67,22 +68,26 @@ LB_INLINE void gemv_panel(const Weight& w, const Act& a, int row0, int panel, fl
       left = per_group;
     }
     --left;
-    I16 acc[M];
-    for (int m = 0; m < M; ++m)
-      acc[m] = ASYM ? start_sum(zero, sums[m * act_folds + f]) : start_sum(shift, sums[m * act_folds + f]);
-    for (int b = 0; b < per_fold; ++b, p += kBytes, q += kBlock) {
-      B64 x[8];
-      spread<BITS>(p, x);
-      for (int m = 0; m < M; ++m) {
-        I16 odd = {};  // a second chain, so that one row alone does not wait on the latency of the first
-        for (int j = 0; j < 8; ++j) {
-          I16& sum = M <= 2 && j % 2 ? odd : acc[m];
-          sum = dot4<BITS != 8>(sum, x[j], splat_i(load_i32(q + (size_t)m * a.stride + 4 * j)));
+    F16 part[M] = {};
+    for (int f = 0; f < folds; ++f, ++as, ++sums) {
+      I16 acc[M];
+      for (int m = 0; m < M; ++m)
+        acc[m] = ASYM ? start_sum(zero, sums[m * act_folds]) : start_sum(shift, sums[m * act_folds]);
+      for (int b = 0; b < per_fold; ++b, p += kBytes, q += kBlock) {
+        B64 x[8];
+        spread<BITS>(p, x);
+        for (int m = 0; m < M; ++m) {
+          I16 odd = {};  // a second chain, so that one row alone does not wait on the latency of the first
+          for (int j = 0; j < 8; ++j) {
+            I16& sum = M <= 2 && j % 2 ? odd : acc[m];
+            sum = dot4<BITS != 8>(sum, x[j], splat_i(load_i32(q + (size_t)m * a.stride + 4 * j)));
+          }
+          if (M <= 2) acc[m] += odd;
         }
-        if (M <= 2) acc[m] += odd;
       }
+      for (int m = 0; m < M; ++m) part[m] = fold_in(part[m], acc[m], as[m * act_folds]);
     }
-    for (int m = 0; m < M; ++m) total[m] = fold_in(total[m], acc[m], ws, as[m * act_folds + f]);
+    for (int m = 0; m < M; ++m) total[m] = fma(part[m], ws, total[m]);
   }
   for (int m = 0; m < M; ++m) finish(w, panel, total[m], out + (size_t)(row0 + m) * ldo + panel * kPanel, add);
 }
@@ -101,37 +106,42 @@ struct Slab {
   int32_t zero[kTilePanels][kMaxFold / kBlock][kPanel];
 };
 
-// NP panels x M rows over `folds` folds that start at column k0; sums[] carry the float totals.
+// NP panels x M rows over `segments` segments that start at column k0.
 template <bool SMALL, bool ASYM, int NP, int M>
-LB_INLINE void tile(const Slab& s, const Weight& w, const Act& a, int row0, int k0, int folds, F16 total[NP][M]) {
-  const int act_folds = a.stride / a.fold, per_fold = w.fold / kBlock, f0 = k0 / w.fold;
+LB_INLINE void tile(const Slab& s, const Weight& w, const Act& a, int row0, int k0, int segments, F16 total[NP][M]) {
+  const int act_folds = a.stride / a.fold, per_fold = w.fold / kBlock, f0 = k0 / w.fold, folds = w.segment / w.fold;
   const int shift = __builtin_ctz((unsigned)w.zero | 256u);
   const int8_t* q = a.q + (size_t)row0 * a.stride + k0;
   const float* as = a.scale + (size_t)row0 * act_folds + f0;
   const int32_t* sums = a.sum + (size_t)row0 * act_folds + f0;
   const uint8_t* c[NP];
   for (int n = 0; n < NP; ++n) c[n] = &s.codes[n][0][0];
-  for (int f = 0; f < folds; ++f) {
-    I16 acc[NP][M];
-    for (int n = 0; n < NP; ++n)
-      for (int m = 0; m < M; ++m)
-        acc[n][m] = ASYM ? start_sum(load<I16>(s.zero[n][f]), sums[m * act_folds + f])
-                         : start_sum(shift, sums[m * act_folds + f]);
-    for (int b = 0; b < per_fold; ++b) {
-      for (int j = 0; j < 8; ++j) {
-        B64 x[NP];
-        for (int n = 0; n < NP; ++n) x[n] = load<B64>(c[n] + 64 * j);
-        for (int m = 0; m < M; ++m) {
-          I16 v = splat_i(load_i32(q + (size_t)m * a.stride + 4 * j));
-          for (int n = 0; n < NP; ++n) acc[n][m] = dot4<SMALL>(acc[n][m], x[n], v);
+  for (int g = 0; g < segments; ++g) {
+    F16 part[NP][M] = {};
+    for (int f = 0; f < folds; ++f, ++as, ++sums) {
+      I16 acc[NP][M];
+      for (int n = 0; n < NP; ++n)
+        for (int m = 0; m < M; ++m)
+          acc[n][m] = ASYM ? start_sum(load<I16>(s.zero[n][g]), sums[m * act_folds])
+                           : start_sum(shift, sums[m * act_folds]);
+      for (int b = 0; b < per_fold; ++b) {
+        for (int j = 0; j < 8; ++j) {
+          B64 x[NP];
+          for (int n = 0; n < NP; ++n) x[n] = load<B64>(c[n] + 64 * j);
+          for (int m = 0; m < M; ++m) {
+            I16 v = splat_i(load_i32(q + (size_t)m * a.stride + 4 * j));
+            for (int n = 0; n < NP; ++n) acc[n][m] = dot4<SMALL>(acc[n][m], x[n], v);
+          }
         }
+        q += kBlock;
+        for (int n = 0; n < NP; ++n) c[n] += 8 * 64;
       }
-      q += kBlock;
-      for (int n = 0; n < NP; ++n) c[n] += 8 * 64;
+      for (int m = 0; m < M; ++m)
+        for (int n = 0; n < NP; ++n) part[n][m] = fold_in(part[n][m], acc[n][m], as[m * act_folds]);
     }
     for (int n = 0; n < NP; ++n) {
-      F16 ws = load<F16>(s.scale[n][f]);
-      for (int m = 0; m < M; ++m) total[n][m] = fold_in(total[n][m], acc[n][m], ws, as[m * act_folds + f]);
+      F16 ws = load<F16>(s.scale[n][g]);
+      for (int m = 0; m < M; ++m) total[n][m] = fma(part[n][m], ws, total[n][m]);
     }
   }
 }
@@ -144,7 +154,7 @@ void tile_rows(const Slab& s, const Weight& w, const Act& a, int row0, int panel
   for (int n = 0; n < NP; ++n)
     for (int m = 0; m < M; ++m)
       total[n][m] = k0 ? load<F16>(carry + ((size_t)(row0 + m) * NP + n) * kPanel) : F16{};
-  tile<SMALL, ASYM, NP, M>(s, w, a, row0, k0, (k1 - k0) / w.fold, total);
+  tile<SMALL, ASYM, NP, M>(s, w, a, row0, k0, (k1 - k0) / w.segment, total);
   const bool last = k1 == w.blocks * kBlock;
   for (int n = 0; n < NP; ++n)
     for (int m = 0; m < M; ++m) {
@@ -161,7 +171,16 @@ void tile_all(const Slab& s, const Weight& w, const Act& a, int m, int panel, in
   int row = 0;
   for (; row + kTileRows <= m; row += kTileRows)
     tile_rows<SMALL, ASYM, NP, kTileRows>(s, w, a, row, panel, k0, k1, out, ldo, add, carry);
-  for (; row < m; ++row) tile_rows<SMALL, ASYM, NP, 1>(s, w, a, row, panel, k0, k1, out, ldo, add, carry);
+  const int rest = m - row;
+#define LB_REST(M)                                                                                \
+  if (M < kTileRows && rest == M)                                                                 \
+    tile_rows<SMALL, ASYM, NP, (M < kTileRows ? M : 1)>(s, w, a, row, panel, k0, k1, out, ldo, add, carry)
+  LB_REST(1);
+  LB_REST(2);
+  LB_REST(3);
+  LB_REST(4);
+  LB_REST(5);
+#undef LB_REST
 }
 
 void table_spread(const Weight& w, int panel, int block, uint8_t* dst);
@@ -189,10 +208,10 @@ void gemm_panels(const Weight& w, const Act& a, int m, int panel, float* out, si
     const int k1 = k0 + step < depth ? k0 + step : depth;
     for (int n = 0; n < NP; ++n) {
       for (int b = k0 / kBlock; b < k1 / kBlock; ++b) spread_block(w, panel + n, b, s.codes[n][b - k0 / kBlock]);
-      for (int k = k0, f = 0; k < k1; k += w.fold, ++f) {
+      for (int k = k0, i = 0; k < k1; k += w.segment, ++i) {
         const int g = w.group >= w.cols ? 0 : k / w.group;
-        store(s.scale[n][f], load_scale(panel_scales(w, panel + n) + g * ss, w.scale_type));
-        if (w.zeros) store(s.zero[n][f], load_zero(panel_zeros(w, panel + n) + (size_t)g * kPanel));
+        store(s.scale[n][i], load_scale(panel_scales(w, panel + n) + g * ss, w.scale_type));
+        if (w.zeros) store(s.zero[n][i], load_zero(panel_zeros(w, panel + n) + (size_t)g * kPanel));
       }
     }
     if (small)

@@ -50,8 +50,8 @@ LB_INLINE I16 sum_quads_512(I16 a, I16 b, I16 c, I16 d) {
 
 template <int M>
 void table_gemv(const Weight& w, const Act& a, int row0, int p0, int p1, float* out, size_t ldo, bool add) {
-  const int folds = w.blocks * kBlock / w.fold, per_fold = w.fold / kBlock;
-  const int per_group = w.group >= w.cols ? folds : w.group / w.fold;
+  const int segments = w.blocks * kBlock / w.segment, folds = w.segment / w.fold, per_fold = w.fold / kBlock;
+  const int per_group = w.group >= w.cols ? segments : w.group / w.segment;
   const int act_folds = a.stride / a.fold;
   const float* as = a.scale + (size_t)row0 * act_folds;
   const int32_t* sums = a.sum + (size_t)row0 * act_folds;
@@ -63,40 +63,52 @@ void table_gemv(const Weight& w, const Act& a, int row0, int p0, int p1, float* 
     B64 t[4];
     for (int v = 0; v < 4; ++v) t[v] = load<B64>(w.table + (size_t)panel * 256 + 64 * v);
     F16 total[M] = {}, ws = {};
-    for (int f = 0, left = 0; f < folds; ++f) {
+    for (int g = 0, left = 0; g < segments; ++g) {
       if (left == 0) {
         ws = load_scale(ps, w.scale_type);
         ps += ss;
         left = per_group;
       }
       --left;
-      I16 acc[M][4] = {};
-      for (int b = 0; b < per_fold; ++b, p += 256, q += kBlock)
-        for (int v = 0; v < 4; ++v) {
-          H32 c = load<H32>(p + 64 * v);
-          B64 low = lookup16(t[v], bits<B64>(c & 0x0f0f)), high = lookup16(t[v], bits<B64>((c >> 4) & 0x0f0f));
-          for (int m = 0; m < M; ++m) {
-            acc[m][v] = dot4<false>(acc[m][v], low, splat_16_bytes(q + (size_t)m * a.stride));
-            acc[m][v] = dot4<false>(acc[m][v], high, splat_16_bytes(q + (size_t)m * a.stride + 16));
+      F16 part[M] = {};
+      for (int i = 0; i < folds; ++i) {
+        const int f = g * folds + i;
+        I16 acc[M][4] = {};
+        for (int b = 0; b < per_fold; ++b, p += 256, q += kBlock)
+          for (int v = 0; v < 4; ++v) {
+            H32 c = load<H32>(p + 64 * v);
+            B64 low = lookup16(t[v], bits<B64>(c & 0x0f0f)), high = lookup16(t[v], bits<B64>((c >> 4) & 0x0f0f));
+            for (int m = 0; m < M; ++m) {
+              acc[m][v] = dot4<false>(acc[m][v], low, splat_16_bytes(q + (size_t)m * a.stride));
+              acc[m][v] = dot4<false>(acc[m][v], high, splat_16_bytes(q + (size_t)m * a.stride + 16));
+            }
           }
+        for (int m = 0; m < M; ++m) {
+          I16 s = start_sum(7, sums[m * act_folds + f]) + LB_SUM_QUADS(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
+          part[m] = fold_in(part[m], s, as[m * act_folds + f]);
         }
-      for (int m = 0; m < M; ++m) {
-        I16 s = start_sum(7, sums[m * act_folds + f]) + LB_SUM_QUADS(acc[m][0], acc[m][1], acc[m][2], acc[m][3]);
-        total[m] = fold_in(total[m], s, ws, as[m * act_folds + f]);
       }
+      for (int m = 0; m < M; ++m) total[m] = fma(part[m], ws, total[m]);
     }
     for (int m = 0; m < M; ++m) finish(w, panel, total[m], out + (size_t)(row0 + m) * ldo + panel * kPanel, add);
   }
 }
 
+// To the 8-bit layout: look up, then hand out 4-byte pieces.
 void table_spread(const Weight& w, int panel, int block, uint8_t* dst) {
   const uint8_t* p = w.codes + ((size_t)panel * w.blocks + block) * 256;
   const uint8_t* t = w.table + (size_t)panel * 256;
-  for (int r = 0; r < kPanel; ++r)
-    for (int k = 0; k < kBlock; ++k) {
-      const uint8_t c = p[(r / 4) * 64 + (r % 4) * 16 + k % 16];
-      dst[(k / 4) * 64 + r * 4 + k % 4] = t[r * 16 + (k < 16 ? c & 15 : c >> 4)];
-    }
+  for (int v = 0; v < 4; ++v) {
+    const B64 entries = load<B64>(t + 64 * v);
+    const H32 c = load<H32>(p + 64 * v);
+    uint8_t found[2][64];
+    store(found[0], lookup16(entries, bits<B64>(c & 0x0f0f)));
+    store(found[1], lookup16(entries, bits<B64>((c >> 4) & 0x0f0f)));
+    for (int half = 0; half < 2; ++half)
+      for (int r = 0; r < 4; ++r)
+        for (int k = 0; k < 4; ++k)
+          std::memcpy(dst + (half * 4 + k) * 64 + (4 * v + r) * 4, found[half] + 16 * r + 4 * k, 4);
+  }
 }
 
 }  // namespace LOWBIT_ISA

@@ -33,12 +33,16 @@ static Weight make_weight(int kind, int bits, int rows, int cols, int group, int
   Weight w;
   w.kind = (Kind)kind, w.bits = bits, w.rows = rows, w.cols = cols;
   w.panels = panels_of(w.kind, rows), w.blocks = (cols + kBlock - 1) / kBlock;
-  w.group = group, w.n_groups = n_groups, w.fold = fold, w.zero = zero, w.scale_type = (ScaleType)scale_type;
+  w.group = group, w.n_groups = n_groups, w.fold = fold, w.segment = fold, w.zero = zero, w.scale_type = (ScaleType)scale_type;
   w.codes = at<uint8_t>(codes), w.scales = at<uint8_t>(scales), w.zeros = at<uint8_t>(zeros);
   w.table = at<uint8_t>(table), w.bias = at<float>(bias);
   if (w.kind != Kind::kBf16) {
     if (fold < kBlock || fold > kMaxFold || fold % kBlock || (w.blocks * kBlock) % fold)
       throw std::invalid_argument("fold must be a multiple of 32, at most 512, that divides the columns");
+    while (w.segment * 2 <= kMaxFold && (w.blocks * kBlock) % (2 * w.segment) == 0 &&
+           (group >= cols || group % (2 * w.segment) == 0))
+      w.segment *= 2;
+    if (kMaxFold % w.segment) throw std::invalid_argument("fold must be a power of two");
     if (group < cols && group % fold) throw std::invalid_argument("group must be a multiple of fold");
   }
   return w;
