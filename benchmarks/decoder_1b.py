@@ -77,7 +77,14 @@ def make(scheme: str, kv: str, kv_tokens: int, max_tokens: int = 512) -> Decoder
         return torch.ones(c.hidden_size)
 
     return Decoder(
-        c, weight, tensor, kv=kv, kv_tokens=kv_tokens, max_tokens=max_tokens, max_position=min(kv_tokens, 8192), act_group=act_group
+        c,
+        weight,
+        tensor,
+        kv=kv,
+        kv_tokens=kv_tokens,
+        max_tokens=max_tokens,
+        max_position=min(kv_tokens, 8192),
+        act_group=act_group,
     )
 
 
@@ -113,12 +120,15 @@ def measure(d: Decoder, context: int, batch: int, prefill: int, repeats: int, st
     for i in range(0, context, 256):  # fill the cache
         n = min(256, context - i)
         for b in range(batch):
-            d.forward(torch.randint(0, d.vocab, (n,), dtype=torch.int32), [(n, i, False)], table[b : b + 1], logits=False)
+            d.forward(
+                torch.randint(0, d.vocab, (n,), dtype=torch.int32), [(n, i, False)], table[b : b + 1], logits=False
+            )
     s = timed(lambda: d.forward(one, [(1, context, True)] * batch, table, logits=False), steps)
     return result | {
         "decode_tokens_per_s": batch / statistics.median(s),
         "decode_best": batch / min(s),
-        "bytes_per_s": (d.weight_bytes + batch * context * d.kv_bytes / d.kv_blocks / d.kv_block * 16) / statistics.median(s),
+        "bytes_per_s": (d.weight_bytes + batch * context * d.kv_bytes / d.kv_blocks / d.kv_block * 16)
+        / statistics.median(s),
     }
 
 
@@ -138,7 +148,12 @@ def main() -> None:
     if a.threads:
         pack.native.set_threads(a.threads)
     peak = read_bandwidth()
-    out: dict[str, Any] = {"isa": pack.native.isa(), "threads": pack.native.threads(), "read_bytes_per_s": peak, "results": []}
+    out: dict[str, Any] = {
+        "isa": pack.native.isa(),
+        "threads": pack.native.threads(),
+        "read_bytes_per_s": peak,
+        "results": [],
+    }
     print(f"{out['isa']}, {out['threads']} threads, read {peak / 1e9:.1f} GB/s", file=sys.stderr)
     for scheme in a.scheme or ["w4a16-g128", "w4a16-g32", "w8a16", "w8a8"]:
         batches = a.batch or [1, 8]
@@ -148,7 +163,13 @@ def main() -> None:
             r["mbu"] = r["bytes_per_s"] / peak
             out["results"].append({"scheme": scheme, "kv": a.kv, "context": a.context, "batch": batch,
                                    "weight_bytes": d.weight_bytes, **r})  # fmt: skip
-            print(scheme, a.kv, f"ctx {a.context} batch {batch}:", *(f"{k} {v:.4g}" for k, v in r.items()), file=sys.stderr)
+            print(
+                scheme,
+                a.kv,
+                f"ctx {a.context} batch {batch}:",
+                *(f"{k} {v:.4g}" for k, v in r.items()),
+                file=sys.stderr,
+            )
         del d
     if a.json:
         text = json.dumps(out, indent=1)

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.kernels import reference
+
 try:
     from lowbit.kernels import _cpu  # type: ignore[attr-defined,unused-ignore]
 
@@ -104,7 +106,13 @@ def _bias(bias: Tensor | None) -> Tensor | None:
 
 
 def pack_int(
-    codes: Tensor, scale: Tensor, zero_point: Tensor | None = None, *, bits: int, bias: Tensor | None = None, act_group: int = 32
+    codes: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None = None,
+    *,
+    bits: int,
+    bias: Tensor | None = None,
+    act_group: int = 32,
 ) -> PackedWeight:
     """Pack integer codes (rows, cols), signed or unsigned, of 2, 3, 4 or 8 bits.
 
@@ -130,9 +138,12 @@ def pack_int(
             raise ValueError("zero points do not fit a byte")
         zeros = _side(shifted.to(torch.uint8))
     data = unsigned.to(torch.uint8).contiguous()
-    out = _empty(INT, bits, rows, cols)
-    native.pack_int(data.data_ptr(), bits, rows, cols, offset, out.data_ptr())
-    fold = fold_of(cols, group, act_group or MAX_FOLD)
+    if native is None:
+        out = reference.pack_codes(data, bits, offset)
+    else:
+        out = _empty(INT, bits, rows, cols)
+        native.pack_int(data.data_ptr(), bits, rows, cols, offset, out.data_ptr())
+    fold = fold_of(cols, group, act_group if act_group > 0 else MAX_FOLD)
     scales = _side(_narrow(scale.reshape(rows, groups)))
     return PackedWeight(INT, bits, rows, cols, group, fold, offset, out, scales, zeros, None, _bias(bias))
 
@@ -154,10 +165,13 @@ def pack_table(
     bytes_ = torch.full((rows_padded, 16), 128, dtype=torch.uint8)
     bytes_[:rows] = entries.to(torch.uint8)
     data = codes.to(torch.uint8).contiguous()
-    out = _empty(TABLE, 4, rows, cols)
-    native.pack_table(data.data_ptr(), rows, cols, out.data_ptr())
+    if native is None:
+        out = reference.pack_table_codes(data)
+    else:
+        out = _empty(TABLE, 4, rows, cols)
+        native.pack_table(data.data_ptr(), rows, cols, out.data_ptr())
     scales = _side((scale.reshape(rows, groups).float() * (top / 127)).contiguous())
-    fold = fold_of(cols, group, act_group or MAX_FOLD)
+    fold = fold_of(cols, group, act_group if act_group > 0 else MAX_FOLD)
     return PackedWeight(TABLE, 4, rows, cols, group, fold, 128, out, scales, None, bytes_.contiguous(), _bias(bias))
 
 
@@ -165,7 +179,10 @@ def pack_bf16(weight: Tensor, *, bias: Tensor | None = None) -> PackedWeight:
     """Pack an unquantized weight (rows, cols) as bf16."""
     rows, cols = weight.shape
     data = weight.detach().to(torch.bfloat16).contiguous()
-    out = _empty(BF16, 16, rows, cols)
-    native.pack_bf16(data.data_ptr(), rows, cols, out.data_ptr())
+    if native is None:
+        out = reference.pack_bf16_codes(data)
+    else:
+        out = _empty(BF16, 16, rows, cols)
+        native.pack_bf16(data.data_ptr(), rows, cols, out.data_ptr())
     fold = fold_of(cols, cols, 32)
     return PackedWeight(BF16, 16, rows, cols, cols, fold, 0, out, None, None, None, _bias(bias))

@@ -95,7 +95,9 @@ class Decoder:
         isa: str | None = None,
     ) -> None:
         if pack.native is None:
-            raise RuntimeError("lowbit was installed without its compiled kernels; install a C++ compiler and reinstall")
+            raise RuntimeError(
+                "lowbit was installed without its compiled kernels; install a C++ compiler and reinstall"
+            )
         native, family = pack.native, family_of(config)
         self.config, self._keep = config, []
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads

@@ -231,6 +231,7 @@ NB_MODULE(_cpu, m) {
       for (int h = 0; h < kv_heads; ++h)
         k.kv_store(kv, at<float>(kk) + ((size_t)t * kv_heads + h) * dim, at<float>(v) + ((size_t)t * kv_heads + h) * dim, h,
                    at<int32_t>(table)[(pos0 + t) / block], (pos0 + t) % block);
+    if (!out) return;
     Pool& pool = Pool::shared();
     const size_t each = (k.attention_scratch(dim, heads / kv_heads) + 127) / 64 * 64;
     std::vector<uint8_t> scratch(each * pool.size() + 64);
