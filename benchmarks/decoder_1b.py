@@ -15,6 +15,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -124,11 +125,11 @@ def measure(d: Decoder, context: int, batch: int, prefill: int, repeats: int, st
                 torch.randint(0, d.vocab, (n,), dtype=torch.int32), [(n, i, False)], table[b : b + 1], logits=False
             )
     s = timed(lambda: d.forward(one, [(1, context, True)] * batch, table, logits=False), steps)
+    kv = batch * context * SHAPE.num_hidden_layers * d.kv_bytes / (d.kv_blocks * d.kv_block)
     return result | {
         "decode_tokens_per_s": batch / statistics.median(s),
         "decode_best": batch / min(s),
-        "bytes_per_s": (d.weight_bytes + batch * context * d.kv_bytes / d.kv_blocks / d.kv_block * 16)
-        / statistics.median(s),
+        "bytes_per_s": (d.weight_bytes + kv) / statistics.median(s),
     }
 
 
@@ -173,7 +174,7 @@ def main() -> None:
         del d
     if a.json:
         text = json.dumps(out, indent=1)
-        print(text) if a.json == "-" else open(a.json, "w").write(text)
+        print(text) if a.json == "-" else Path(a.json).write_text(text)
 
 
 if __name__ == "__main__":

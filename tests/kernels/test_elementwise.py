@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from lowbit.kernels import ops, reference
 
 native = pytest.importorskip("lowbit.kernels._cpu", reason="the extension was not built")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from lowbit.kernels import ops, pack, reference
 from torch import Tensor
+
+from lowbit.kernels import ops, pack, reference
 
 native = pytest.importorskip("lowbit.kernels._cpu", reason="the extension was not built")
 ISAS = native.isas()
@@ -202,8 +203,7 @@ def test_bad_weights_are_refused(codes: Tensor, scale: Tensor, bits: int, messag
 
 def test_opcheck() -> None:
     _, w = weight_and_packed(20, 64, 32, 4, True, 32)
-    args = (w.codes, w.scales, w.zeros, w.table, w.bias, w.kind, w.bits, w.rows, w.cols, w.group, w.fold, w.zero, 32)
-    torch.library.opcheck(ops.linear_op, (torch.randn(3, 64), *args))
+    torch.library.opcheck(ops.linear_op, (torch.randn(3, 64), *ops.described(w), 32))
 
 
 def test_operator_and_twin_agree() -> None:

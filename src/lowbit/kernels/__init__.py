@@ -1,1 +1,1 @@
-"""Low-bit kernels: `ops` (torch operators and their torch twins), `pack` (weights into the kernels' layout), `cpu/` (C++)."""
+"""Low-bit kernels: `ops` (torch operators), `reference` (their torch twins), `pack` (layouts), `cpu/` (C++)."""

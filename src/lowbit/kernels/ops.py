@@ -1,3 +1,4 @@
+# ruff: noqa: ARG001  (a fake or a twin takes every argument of its operator)
 """The kernels as torch operators, `torch.ops.lowbit.*`.
 
 Every operator is defined by its torch twin (`reference.py`), which runs on any device; on a CPU whose extension was
@@ -65,6 +66,12 @@ def native_linear(w: PackedWeight, x: Tensor, act_group: int = 32, isa: str | No
     if len(flat):
         native.linear(w.handle(), flat.data_ptr(), len(flat), act_group, out.data_ptr(), isa)
     return out.view(*x.shape[:-1], w.rows)
+
+
+def described(w: PackedWeight) -> tuple[Any, ...]:
+    """A packed weight as the operator's arguments between x and act_group."""
+    tensors = (w.codes, w.scales, w.zeros, w.table, w.bias)
+    return (*tensors, w.kind, w.bits, w.rows, w.cols, w.group, w.fold, w.zero)
 
 
 def linear(x: Tensor, w: PackedWeight, act_group: int = 32) -> Tensor:

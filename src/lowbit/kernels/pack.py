@@ -1,8 +1,8 @@
 """Weights into the layout the CPU kernels read, once, at load.
 
-What comes in is the canonical form: integer codes (out, in), scale (out, n_groups), optional zero_point (out, n_groups),
-with W = (codes - zero_point) * scale. What comes out is a `PackedWeight`: byte tensors in the order that a product
-reads them (drawn in `cpu/kernels.h`) and a plain description, which `native()` turns into the extension's handle.
+What comes in is the canonical form: integer codes (out, in), scale (out, n_groups), optional zero_point
+(out, n_groups), with W = (codes - zero_point) * scale. What comes out is a `PackedWeight`: byte tensors in the order
+that a product reads them (drawn in `cpu/kernels.h`) and a plain description, which `handle()` shows the extension.
 Scales keep their exact values: they are stored in bf16 or fp16 when that loses nothing, and in float32 otherwise.
 """
 

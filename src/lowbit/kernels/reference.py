@@ -104,7 +104,7 @@ def quantize_rows(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 def dequantize_rows(codes: Tensor, scale: Tensor, group: int) -> Tensor:
     """The inverse of `quantize_rows`, float (m, n)."""
-    m, n = codes.shape
+    n = codes.shape[1]
     group = group or n
     return codes.float() * scale.repeat_interleave(group, 1)[:, :n]
 
@@ -155,7 +155,7 @@ def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 
 def rope(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotate the first 2 * cos.shape[1] values of every head: x (tokens, heads, dim), cos and sin (positions, rot / 2)."""
+    """Rotate the first 2 * cos.shape[1] values of a head: x (tokens, heads, dim), cos and sin (positions, rot / 2)."""
     half = cos.shape[1]
     c, s = cos[positions.long()][:, None], sin[positions.long()][:, None]
     a, b = x[..., :half], x[..., half : 2 * half]

@@ -17,7 +17,7 @@ namespace LOWBIT_ISA {
 constexpr int kTile = 16, kChunk = 64, kRowBlock = 32;
 
 LB_INLINE F16 fp8_to_float(const uint8_t* p) {  // e4m3: shifted into a half, which is 2^8 too small
-  H16 u = __builtin_convertvector(load<B16>(p), H16);
+  H16 u = narrow_u16((U16)widen_u8(p));
   return half_to_float(((u & 0x7f) << 7) | ((u & 0x80) << 8)) * 256.f;
 }
 LB_INLINE B16 float_to_fp8(F16 v) {  // saturating at 448, half to even; NaN becomes 448
@@ -79,18 +79,18 @@ void kv_store(const Kv& kv, const float* k, const float* v, int head, int block,
   }
 }
 
-LB_INLINE F16 widen(const uint8_t* p, size_t i, KvType type) {
-  switch (type) {
-    case KvType::kF16: return load_half((const uint16_t*)p + i);
-    case KvType::kBf16: return load_bf16((const uint16_t*)p + i);
-    case KvType::kFp8: return fp8_to_float(p + i);
-    default: return to_float(__builtin_convertvector(load<S16>(p + i), I16));
-  }
+template <KvType T>
+LB_INLINE F16 widen(const uint8_t* p, size_t i) {
+  if (T == KvType::kF16) return load_half((const uint16_t*)p + i);
+  if (T == KvType::kBf16) return load_bf16((const uint16_t*)p + i);
+  if (T == KvType::kFp8) return fp8_to_float(p + i);
+  return to_float(widen_s8(p + i));
 }
 
 // K of one tile -> kf[dim][16]; int8 is dequantized.
+template <KvType T>
 LB_INLINE void widen_k(const Kv& kv, const uint8_t* tile, float* kf) {
-  if (kv.type == KvType::kInt8) {
+  if (T == KvType::kInt8) {
     F16 s = load<F16>(tile + 2 * half_tile(kv));
     for (int i = 0; i < kv.dim; i += 4) {
       U16 u = load<U16>(tile + (size_t)i * 16);
@@ -101,16 +101,29 @@ LB_INLINE void widen_k(const Kv& kv, const uint8_t* tile, float* kf) {
     }
     return;
   }
-  for (int i = 0; i < kv.dim; ++i) store(kf + (size_t)i * 16, widen(tile, (size_t)i * 16, kv.type));
+  for (int i = 0; i < kv.dim; ++i) store(kf + (size_t)i * 16, widen<T>(tile, (size_t)i * 16));
 }
-// V of one tile -> vf[16][dim].
-LB_INLINE void widen_v(const Kv& kv, const uint8_t* tile, float* vf) {
-  const uint8_t* p = tile + half_tile(kv);
-  for (int t = 0; t < kTile; ++t) {
-    const float s = kv.type == KvType::kInt8 ? ((const float*)(tile + 2 * half_tile(kv)))[kTile + t] : 1.f;
-    for (int i = 0; i < kv.dim; i += 16) store(vf + (size_t)t * kv.dim + i, widen(p, (size_t)t * kv.dim + i, kv.type) * s);
+
+// Where the products read keys and values from: a widened buffer, or (few rows) the cache itself, widened in registers.
+struct Wide {
+  const float* k;
+  const float* v;
+  int dim;
+  static inline __attribute__((always_inline)) F16 key(const Wide& w, int i) { return load<F16>(w.k + (size_t)i * 16); }
+  static inline __attribute__((always_inline)) F16 value(const Wide& w, int t, int i) { return load<F16>(w.v + (size_t)t * w.dim + i); }
+};
+template <KvType T>
+struct Cached {
+  const uint8_t* k;
+  const uint8_t* v;
+  const float* v_scale;
+  int dim;
+  static inline __attribute__((always_inline)) F16 key(const Cached& c, int i) { return widen<T>(c.k, (size_t)i * 16); }
+  static inline __attribute__((always_inline)) F16 value(const Cached& c, int t, int i) {
+    F16 x = widen<T>(c.v, (size_t)t * c.dim + i);
+    return T == KvType::kInt8 ? x * c.v_scale[t] : x;
   }
-}
+};
 
 LB_INLINE I16 start_digit(int32_t sum) { return splat_i(-128 * sum); }
 
@@ -119,38 +132,58 @@ struct Rows {  // the state of up to kRowBlock query rows
   int last[kRowBlock], first[kRowBlock];  // visible positions [first, last]
 };
 
-// scores[r][16 tokens] of R rows against one widened tile.
-template <int R>
-LB_INLINE void scores_tile(const float* q, int dim, const float* kf, float* s) {
+// scores[r][16 tokens] of R rows against one tile.
+template <int R, class Source>
+LB_INLINE void scores_tile(const float* q, const Source& from, float* s) {
   F16 acc[R] = {};
-  for (int i = 0; i < dim; ++i) {
-    F16 k = load<F16>(kf + (size_t)i * 16);
-    for (int r = 0; r < R; ++r) acc[r] = fma(k, splat(q[(size_t)r * dim + i]), acc[r]);
+  for (int i = 0; i < from.dim; ++i) {
+    F16 k = Source::key(from, i);
+    for (int r = 0; r < R; ++r) acc[r] = fma(k, splat(q[(size_t)r * from.dim + i]), acc[r]);
   }
   for (int r = 0; r < R; ++r) store(s + (size_t)r * kChunk, acc[r]);
 }
 
-// out[r][dim] += p[r][t] v[t][dim] for R rows and 32 (or 16) columns at a time.
-template <int R, int C>
-LB_INLINE void values_tile(const float* p, const float* vf, int dim, int tokens, float* out) {
+// out[r][dim] += p[r][t] v[t][dim] for R rows and C x 16 columns from column `at`.
+template <int R, int C, class Source>
+LB_INLINE void values_tile(const float* p, const Source& from, int at, int tokens, float* out) {
   F16 acc[R][C];
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) acc[r][c] = load<F16>(out + (size_t)r * dim + 16 * c);
+    for (int c = 0; c < C; ++c) acc[r][c] = load<F16>(out + (size_t)r * from.dim + at + 16 * c);
   for (int t = 0; t < tokens; ++t) {
     F16 v[C];
-    for (int c = 0; c < C; ++c) v[c] = load<F16>(vf + (size_t)t * dim + 16 * c);
-    for (int r = 0; r < R; ++r)
-      for (int c = 0; c < C; ++c) acc[r][c] = fma(splat(p[(size_t)r * kChunk + t]), v[c], acc[r][c]);
+    for (int c = 0; c < C; ++c) v[c] = Source::value(from, t, at + 16 * c);
+    for (int r = 0; r < R; ++r) {
+      F16 w = splat(p[(size_t)r * kChunk + t]);
+      for (int c = 0; c < C; ++c) acc[r][c] = fma(w, v[c], acc[r][c]);
+    }
   }
   for (int r = 0; r < R; ++r)
-    for (int c = 0; c < C; ++c) store(out + (size_t)r * dim + 16 * c, acc[r][c]);
+    for (int c = 0; c < C; ++c) store(out + (size_t)r * from.dim + at + 16 * c, acc[r][c]);
 }
 
-template <int R>
-LB_INLINE void values_rows(const float* p, const float* vf, int dim, int tokens, float* out) {
+template <int R, class Source>
+LB_INLINE void values_rows(const float* p, const Source& from, int tokens, float* out) {
+  constexpr int kWide = R >= 8 ? 2 : 4;
   int c = 0;
-  for (; c + 32 <= dim; c += 32) values_tile<R, 2>(p, vf + c, dim, tokens, out + c);
-  for (; c < dim; c += 16) values_tile<R, 1>(p, vf + c, dim, tokens, out + c);
+  for (; c + 16 * kWide <= from.dim; c += 16 * kWide) values_tile<R, kWide>(p, from, c, tokens, out);
+  for (; c < from.dim; c += 16) values_tile<R, 1>(p, from, c, tokens, out);
+}
+
+template <class Source>
+void scores_of(int rows, const float* q, const Source& from, float* s) {
+  int r = 0;
+  for (; r + 8 <= rows; r += 8) scores_tile<8>(q + (size_t)r * from.dim, from, s + (size_t)r * kChunk);
+  for (; r + 4 <= rows; r += 4) scores_tile<4>(q + (size_t)r * from.dim, from, s + (size_t)r * kChunk);
+  for (; r + 2 <= rows; r += 2) scores_tile<2>(q + (size_t)r * from.dim, from, s + (size_t)r * kChunk);
+  if (r < rows) scores_tile<1>(q + (size_t)r * from.dim, from, s + (size_t)r * kChunk);
+}
+template <class Source>
+void values_of(int rows, const float* p, const Source& from, int tokens, float* out) {
+  int r = 0;
+  for (; r + 8 <= rows; r += 8) values_rows<8>(p + (size_t)r * kChunk, from, tokens, out + (size_t)r * from.dim);
+  for (; r + 4 <= rows; r += 4) values_rows<4>(p + (size_t)r * kChunk, from, tokens, out + (size_t)r * from.dim);
+  for (; r + 2 <= rows; r += 2) values_rows<2>(p + (size_t)r * kChunk, from, tokens, out + (size_t)r * from.dim);
+  if (r < rows) values_rows<1>(p + (size_t)r * kChunk, from, tokens, out + (size_t)r * from.dim);
 }
 
 // Mask, cap, exponentiate one chunk in place; rescale what was summed before.
@@ -203,8 +236,8 @@ LB_INLINE DigitQuery split_query(const float* q, int dim, int8_t* high, int8_t* 
     I16 l = to_int((v - to_float(h)) * 254.f);  // the rest, in [-0.5, 0.5], in steps of 1/254
     l = l > 127 ? splat_i(127) : l;
     l = l < -127 ? splat_i(-127) : l;
-    store(high + i, __builtin_convertvector(h, S16));
-    store(low + i, __builtin_convertvector(l, S16));
+    store_s8(high + i, h);
+    store_s8(low + i, l);
     sh += h;
     sl += l;
   }
@@ -215,44 +248,33 @@ struct Scratch {
   float* q;      // kRowBlock x dim
   float* out;    // kRowBlock x dim
   float* s;      // kRowBlock x kChunk
-  float* k;      // 4 tiles
-  float* v;      // 4 tiles
+  float* k;      // one tile
+  float* v;      // one tile
   int8_t* digits;  // 2 x kRowBlock x dim
 };
 size_t attention_scratch(int dim, int group) {
   (void)group;
-  return 4 * ((size_t)2 * kRowBlock * dim + kRowBlock * kChunk + 2 * kChunk * dim) + 2 * (size_t)kRowBlock * dim + 64 * 8;
+  return 4 * ((size_t)2 * kRowBlock * dim + kRowBlock * kChunk + 2 * kTile * dim) + 2 * (size_t)kRowBlock * dim + 64 * 8;
 }
 
-template <class F>
-LB_INLINE void by_rows(int rows, F f) {  // f.run<R>(first row)
-  int r = 0;
-  for (; r + 8 <= rows; r += 8) f.template run<8>(r);
-  for (; r + 4 <= rows; r += 4) f.template run<4>(r);
-  for (; r < rows; ++r) f.template run<1>(r);
+// Two digits of the query against the bytes of a tile.
+LB_INLINE void digit_scores(const uint8_t* tile, F16 key_scale, const int8_t* high, const int8_t* low,
+                            const DigitQuery& q, int dim, float* s) {
+  I16 h = start_digit(q.sum_high), l = start_digit(q.sum_low);
+  for (int d = 0; d < dim; d += 4) {
+    B64 k = load<B64>(tile + (size_t)d * 16);
+    h = dot4<false>(h, k, splat_i(load_i32(high + d)));
+    l = dot4<false>(l, k, splat_i(load_i32(low + d)));
+  }
+  store(s, fma(to_float(l), splat(1.f / 254.f), to_float(h)) * (key_scale * q.scale));
 }
-struct ScoreRows {
-  const Scratch& b;
-  int dim, tile;
-  template <int R>
-  void run(int r) const {
-    scores_tile<R>(b.q + (size_t)r * dim, dim, b.k + (size_t)tile * 16 * dim, b.s + (size_t)r * kChunk + tile * 16);
-  }
-};
-struct ValueRows {
-  const Scratch& b;
-  int dim, tokens;
-  template <int R>
-  void run(int r) const {
-    values_rows<R>(b.s + (size_t)r * kChunk, b.v, dim, tokens, b.out + (size_t)r * dim);
-  }
-};
 
+template <KvType T>
 void attention_rows(const Kv& kv, const AttnJob& job, int token0, int tokens, const Scratch& b) {
   const int dim = kv.dim, group = job.group, rows = tokens * group;
   Rows st;
   DigitQuery dq[kRowBlock];
-  const bool digits = job.decode && kv.type == KvType::kInt8;
+  const bool digits = job.decode && T == KvType::kInt8, few = rows <= 8;
   for (int t = 0; t < tokens; ++t)
     for (int g = 0; g < group; ++g) {
       const int r = t * group + g, pos = job.pos0 + token0 + t;
@@ -270,33 +292,35 @@ void attention_rows(const Kv& kv, const AttnJob& job, int token0, int tokens, co
     const int n_tiles = end - c >= kChunk ? kChunk / kTile : (end - c + kTile - 1) / kTile;
     const uint8_t* tile[kChunk / kTile];
     for (int i = 0; i < n_tiles; ++i) tile[i] = tile_at(kv, job.table, job.kv_head, c + i * kTile);
+    const Wide wide{b.k, b.v, dim};
     for (int i = 0; i < n_tiles; ++i) {
-      if (!digits) {
-        widen_k(kv, tile[i], b.k + (size_t)i * 16 * dim);
-        continue;
-      }
-      F16 ks = load<F16>(tile[i] + 2 * half_tile(kv));
-      for (int r = 0; r < rows; ++r) {
-        I16 high = start_digit(dq[r].sum_high), low = start_digit(dq[r].sum_low);
-        const int8_t* h = b.digits + (size_t)r * dim;
-        const int8_t* l = b.digits + ((size_t)kRowBlock + r) * dim;
-        for (int d = 0; d < dim; d += 4) {
-          B64 k = load<B64>(tile[i] + (size_t)d * 16);
-          high = dot4<false>(high, k, splat_i(load_i32(h + d)));
-          low = dot4<false>(low, k, splat_i(load_i32(l + d)));
-        }
-        F16 s = fma(to_float(low), splat(1.f / 254.f), to_float(high)) * (ks * dq[r].scale);
-        store(b.s + (size_t)r * kChunk + i * 16, s);
+      const Cached<T> cached{tile[i], tile[i] + half_tile(kv), (const float*)(tile[i] + 2 * half_tile(kv)) + kTile, dim};
+      if (digits) {
+        const F16 ks = load<F16>(tile[i] + 2 * half_tile(kv));
+        for (int r = 0; r < rows; ++r)
+          digit_scores(tile[i], ks, b.digits + (size_t)r * dim, b.digits + ((size_t)kRowBlock + r) * dim, dq[r], dim,
+                       b.s + (size_t)r * kChunk + i * 16);
+      } else if (few && T != KvType::kInt8) {
+        scores_of(rows, b.q, cached, b.s + i * 16);
+      } else {
+        widen_k<T>(kv, tile[i], b.k);
+        scores_of(rows, b.q, wide, b.s + i * 16);
       }
     }
-    if (!digits)
-      for (int i = 0; i < n_tiles; ++i) by_rows(rows, ScoreRows{b, dim, i});
     for (int r = 0; r < rows; ++r)
       soften(st, r, c, n_tiles * 16, b.s + (size_t)r * kChunk, job.scale, job.softcap, b.out + (size_t)r * dim, dim);
-    for (int i = 0; i < n_tiles; ++i) widen_v(kv, tile[i], b.v + (size_t)i * 16 * dim);
-    // Lanes past the end were never written: 0 * garbage could be NaN, so those tokens are not read.
-    const int valid = end - c < n_tiles * 16 ? end - c : n_tiles * 16;
-    by_rows(rows, ValueRows{b, dim, valid});
+    for (int i = 0; i < n_tiles; ++i) {
+      // Lanes past the end were never written: 0 * garbage could be NaN, so those tokens are not read.
+      const int valid = end - (c + i * kTile) < kTile ? end - (c + i * kTile) : kTile;
+      const Cached<T> cached{tile[i], tile[i] + half_tile(kv), (const float*)(tile[i] + 2 * half_tile(kv)) + kTile, dim};
+      if (few) {
+        values_of(rows, b.s + i * 16, cached, valid, b.out);
+      } else {
+        for (int t = 0; t < valid; ++t)
+          for (int d = 0; d < dim; d += 16) store(b.v + (size_t)t * dim + d, Cached<T>::value(cached, t, d));
+        values_of(rows, b.s + i * 16, wide, valid, b.out);
+      }
+    }
   }
   for (int t = 0; t < tokens; ++t)
     for (int g = 0; g < group; ++g) {
@@ -313,11 +337,15 @@ void attention(const Kv& kv, const AttnJob& job, uint8_t* scratch) {
   b.out = b.q + (size_t)kRowBlock * kv.dim;
   b.s = b.out + (size_t)kRowBlock * kv.dim;
   b.k = b.s + (size_t)kRowBlock * kChunk;
-  b.v = b.k + (size_t)kChunk * kv.dim;
-  b.digits = (int8_t*)(b.v + (size_t)kChunk * kv.dim);
+  b.v = b.k + (size_t)kTile * kv.dim;
+  b.digits = (int8_t*)(b.v + (size_t)kTile * kv.dim);
+  const auto rows = kv.type == KvType::kF16    ? attention_rows<KvType::kF16>
+                    : kv.type == KvType::kBf16 ? attention_rows<KvType::kBf16>
+                    : kv.type == KvType::kInt8 ? attention_rows<KvType::kInt8>
+                                               : attention_rows<KvType::kFp8>;
   const int step = kRowBlock / job.group > 0 ? kRowBlock / job.group : 1;
   for (int t = 0; t < job.n_tokens; t += step)
-    attention_rows(kv, job, t, job.n_tokens - t < step ? job.n_tokens - t : step, b);
+    rows(kv, job, t, job.n_tokens - t < step ? job.n_tokens - t : step, b);
 }
 
 }  // namespace LOWBIT_ISA

@@ -34,7 +34,7 @@ static void check_weight(const Weight& w, int rows, int cols, const char* what) 
 }
 
 Decoder::Decoder(Config config, const char* isa)
-    : cfg_(std::move(config)), k_(isa ? kernels_by_name(isa) : select_kernels()), pool_(Pool::shared()) {
+    : cfg_(std::move(config)), k_(isa ? kernels_by_name(isa) : select_kernels()), team_(Pool::shared()), pool_(*team_) {
   if (!k_) throw std::invalid_argument("this CPU or build has no kernels of that name");
   const Config& c = cfg_;
   if (c.head_dim % 16 || c.head_dim < 16) throw std::invalid_argument("head_dim must be a multiple of 16");

@@ -70,6 +70,7 @@ class Decoder {
 
   Config cfg_;
   const Kernels* k_;
+  std::shared_ptr<Pool> team_;
   Pool& pool_;
   std::vector<uint8_t> arena_;
   float *x_, *qkv_, *attn_, *gu_, *h_, *logits_, *f32_;

@@ -80,7 +80,7 @@ void norm_quant(const float* x, const float* weight, float eps, int n, int strid
       c = c > 127 ? splat_i(127) : c;
       c = c < -127 ? splat_i(-127) : c;  // a NaN lands here too
       total += c;
-      store(q + i, __builtin_convertvector(c, S16));
+      store_s8(q + i, c);
     }
     scale[f] = group_scale;
     sum[f] = -reduce_add_i(total);

@@ -21,7 +21,7 @@ LB_INLINE const uint8_t* panel_scales(const Weight& w, int panel) {
 LB_INLINE const uint8_t* panel_zeros(const Weight& w, int panel) {
   return w.zeros ? w.zeros + (size_t)panel * w.n_groups * kPanel : nullptr;
 }
-LB_INLINE I16 load_zero(const uint8_t* p) { return __builtin_convertvector(load<B16>(p), I16); }
+LB_INLINE I16 load_zero(const uint8_t* p) { return widen_u8(p); }
 
 // The product of (code - zero) with a is the product of code with a, minus zero * sum(a): start the sum there.
 // Act.sum holds minus the sum, and the zero of symmetric weights is a power of two: a broadcast and a shift.

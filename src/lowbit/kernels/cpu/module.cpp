@@ -53,7 +53,8 @@ static void linear(const Weight& w, Address x, int m, int act_group, Address out
   const Kernels& k = named(isa);
   const int wide = w.blocks * kBlock, folds = wide / w.fold, group = act_group > 0 ? act_group : wide;
   if (group < wide && group % w.fold) throw std::invalid_argument("act_group must be a multiple of the weight's fold");
-  Pool& pool = Pool::shared();
+  const auto team = Pool::shared();
+  Pool& pool = *team;
   std::vector<int8_t> q((size_t)m * wide + 64);
   std::vector<float> scale((size_t)m * folds + 16);
   std::vector<int32_t> sum((size_t)m * folds + 16);
@@ -93,7 +94,8 @@ static double seconds() {
 // Bytes/s of the whole team reading [p, p + n), each thread its own contiguous part.
 static double read_rate(Address p, size_t n, int pattern) {
   const Kernels& k = *select_kernels();
-  Pool& pool = Pool::shared();
+  const auto team = Pool::shared();
+  Pool& pool = *team;
   std::vector<uint64_t> sink(pool.size() * 8);
   const size_t part = n / pool.size() / 4096 * 4096;
   const double t0 = seconds();
@@ -104,7 +106,8 @@ static double read_rate(Address p, size_t n, int pattern) {
 
 static double int8_rate(size_t iterations) {
   const Kernels& k = *select_kernels();
-  Pool& pool = Pool::shared();
+  const auto team = Pool::shared();
+  Pool& pool = *team;
   std::vector<uint64_t> sink(pool.size() * 8);
   const double t0 = seconds();
   pool.run([&](int t) { sink[8 * t] = k.ops_int8(iterations); });
@@ -164,7 +167,7 @@ NB_MODULE(_cpu, m) {
       if (kernels_by_name(n)) v.push_back(n);
     return v;
   });
-  m.def("threads", [] { return Pool::shared().size(); });
+  m.def("threads", [] { return Pool::shared()->size(); });
   m.def("set_threads", &Pool::set_threads);
   m.def("packed_bytes", [](int kind, int bits, int rows, int cols) { return packed_bytes((Kind)kind, bits, rows, cols); });
   m.def("pack_int", [](Address c, int bits, int rows, int cols, int pad, Address out) {
@@ -232,7 +235,8 @@ NB_MODULE(_cpu, m) {
         k.kv_store(kv, at<float>(kk) + ((size_t)t * kv_heads + h) * dim, at<float>(v) + ((size_t)t * kv_heads + h) * dim, h,
                    at<int32_t>(table)[(pos0 + t) / block], (pos0 + t) % block);
     if (!out) return;
-    Pool& pool = Pool::shared();
+    const auto team = Pool::shared();
+  Pool& pool = *team;
     const size_t each = (k.attention_scratch(dim, heads / kv_heads) + 127) / 64 * 64;
     std::vector<uint8_t> scratch(each * pool.size() + 64);
     uint8_t* base = scratch.data() + (64 - (uintptr_t)scratch.data() % 64) % 64;

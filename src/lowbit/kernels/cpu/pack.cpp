@@ -24,7 +24,8 @@ size_t packed_bytes(Kind kind, int bits, int rows, int cols) {
 
 template <class F>
 static void each_panel(int panels, F f) {
-  Pool& pool = Pool::shared();
+  const auto team = Pool::shared();
+  Pool& pool = *team;
   pool.run([&](int thread) {
     for (;;) {
       auto r = pool.next(thread, panels, 8);

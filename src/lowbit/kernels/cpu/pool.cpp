@@ -119,28 +119,27 @@ static int default_threads() {
   return n ? (int)n : 1;
 }
 
-// Threads do not survive a fork: a child starts a team of its own and forgets the parent's.
+// Threads do not survive a fork: a child starts a team of its own and leaks the parent's, which it could not join.
 static std::mutex shared_lock;
-static Pool* shared_pool = nullptr;
+static std::shared_ptr<Pool>* shared_pool = nullptr;
 static pid_t shared_pid = 0;
 
-Pool& Pool::shared() {
+static void replace_shared(int n) {
+  if (shared_pool && shared_pid == getpid()) delete shared_pool;
+  shared_pool = new std::shared_ptr<Pool>(std::make_shared<Pool>(n));
+  shared_pid = getpid();
+}
+
+std::shared_ptr<Pool> Pool::shared() {
   std::lock_guard<std::mutex> lock(shared_lock);
-  if (!shared_pool || shared_pid != getpid()) {
-    shared_pool = new Pool(default_threads());
-    shared_pid = getpid();
-  }
+  if (!shared_pool || shared_pid != getpid()) replace_shared(default_threads());
   return *shared_pool;
 }
 
 void Pool::set_threads(int n) {
   std::lock_guard<std::mutex> lock(shared_lock);
-  if (shared_pool && shared_pid == getpid()) {
-    if (shared_pool->size() == n) return;
-    delete shared_pool;
-  }
-  shared_pool = new Pool(n);
-  shared_pid = getpid();
+  if (shared_pool && shared_pid == getpid() && (*shared_pool)->size() == n) return;
+  replace_shared(n < 1 ? default_threads() : n);
 }
 
 }  // namespace lowbit

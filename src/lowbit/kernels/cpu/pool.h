@@ -36,7 +36,8 @@ class Pool {
   // Inside run: the next chunk of a phase of n items in chunks of `grain`; empty when the phase is exhausted.
   Range next(int thread, int n, int grain);
 
-  static Pool& shared();          // LOWBIT_NUM_THREADS, else the CPUs this process may use
+  // LOWBIT_NUM_THREADS, else the CPUs this process may use. Holders keep their team when set_threads makes another.
+  static std::shared_ptr<Pool> shared();
   static void set_threads(int n);  // of the shared pool
 
  private:

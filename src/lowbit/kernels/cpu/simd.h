@@ -62,8 +62,9 @@ LB_INLINE To bits(From v) {
   return t;
 }
 
-LB_INLINE F16 splat(float x) { return F16{} + x; }
-LB_INLINE I16 splat_i(int32_t x) { return I16{} + x; }
+// Not F16{} + x: 0 + x is an addition (it turns -0 into 0), and it hides the broadcast from the compiler.
+LB_INLINE F16 splat(float x) { return F16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+LB_INLINE I16 splat_i(int32_t x) { return I16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 LB_INLINE B64 splat_b(uint8_t x) { return B64{} + x; }
 LB_INLINE int32_t load_i32(const void* p) {
   int32_t v;
@@ -198,6 +199,47 @@ LB_INLINE I16 dot4(I16 acc, B64 w, I16 a) {
 #endif
 }
 
+// Between lanes of 32 bits and smaller ones. __builtin_convertvector says the same, but GCC does it byte by byte.
+LB_INLINE I16 widen_s8(const void* p) {
+#if defined(__AVX512F__)
+  return (I16)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+  __m256i r[2] = {_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)),
+                  _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)((const char*)p + 8)))};
+  return load<I16>(r);
+#else
+  return __builtin_convertvector(load<S16>(p), I16);
+#endif
+}
+LB_INLINE I16 widen_u8(const void* p) {
+#if defined(__AVX512F__)
+  return (I16)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#else
+  return widen_s8(p) & 0xff;
+#endif
+}
+LB_INLINE void store_s8(void* p, I16 v) {  // values in [-128, 255]: the low bytes
+#if defined(__AVX512F__)
+  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v));
+#else
+  store(p, __builtin_convertvector(v, S16));
+#endif
+}
+LB_INLINE U16 widen_u16(H16 h) {
+#if defined(__AVX512F__)
+  return (U16)_mm512_cvtepu16_epi32((__m256i)h);
+#else
+  return __builtin_convertvector(h, U16);
+#endif
+}
+LB_INLINE H16 narrow_u16(U16 v) {
+#if defined(__AVX512F__)
+  return (H16)_mm512_cvtepi32_epi16((__m512i)v);
+#else
+  return __builtin_convertvector(v, H16);
+#endif
+}
+
 // 16 lookups in a 16-byte table per 128-bit lane: out[i] = table[i / 16][idx[i]], idx < 16.
 LB_INLINE B64 lookup16(B64 table, B64 idx) {
 #if defined(__AVX512BW__)
@@ -217,13 +259,13 @@ LB_INLINE B64 lookup16(B64 table, B64 idx) {
 
 // ---- bf16 and fp16 ----
 LB_INLINE F16 load_bf16(const void* p) {
-  return bits<F16>(__builtin_convertvector(load<H16>(p), U16) << 16);
+  return bits<F16>(widen_u16(load<H16>(p)) << 16);
 }
 LB_INLINE H16 to_bf16(F16 v) {  // round half to even; a NaN stays a NaN
   U16 u = bits<U16>(v);
   U16 r = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
   U16 nan = (u & 0x7fffffffu) > 0x7f800000u ? U16{} + 0x7fc0u : r;
-  return __builtin_convertvector(nan, H16);
+  return narrow_u16(nan);
 }
 LB_INLINE F16 half_to_float(H16 h) {
 #if defined(__AVX512F__)
