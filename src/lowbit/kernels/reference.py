@@ -145,7 +145,8 @@ def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
     if weight is None:
         return x.float()
     x = x.float()
-    return x * (1 / torch.sqrt(x.double().pow(2).mean(-1, keepdim=True) + eps)).float() * weight.float()
+    inverse: Tensor = 1 / torch.sqrt(x.double().pow(2).mean(-1, keepdim=True) + eps)
+    return x * inverse.float() * weight.float()
 
 
 def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:

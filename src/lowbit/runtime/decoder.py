@@ -99,7 +99,8 @@ class Decoder:
                 "lowbit was installed without its compiled kernels; install a C++ compiler and reinstall"
             )
         native, family = pack.native, family_of(config)
-        self.config, self._keep = config, []
+        self.config = config
+        self._keep: list[Any] = []  # whatever the core points into
         heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
         dim = getattr(config, "head_dim", None) or config.hidden_size // heads
         self.max_position = max_position or min(config.max_position_embeddings, kv_tokens)
