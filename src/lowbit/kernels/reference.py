@@ -172,7 +172,8 @@ def hadamard(x: Tensor) -> Tensor:
         y = y.view(-1, block // (2 * h), 2, h)
         y = torch.stack([y[:, :, 0] + y[:, :, 1], y[:, :, 0] - y[:, :, 1]], 2).reshape(-1, block)
         h *= 2
-    return (y * float(block) ** -0.5).view(x.shape)
+    out: Tensor = (y * float(block) ** -0.5).view(x.shape)
+    return out
 
 
 def round_kv(x: Tensor, kv: str) -> Tensor:
