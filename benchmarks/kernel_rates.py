@@ -2,7 +2,7 @@
 
 Best of many short runs: on a shared machine that is what the code can do when left alone.
 
-    python benchmarks/kernels.py --threads 2 --rows 65536
+    python benchmarks/kernel_rates.py --threads 2 --rows 65536
 """
 
 from __future__ import annotations
