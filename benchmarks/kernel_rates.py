@@ -32,7 +32,8 @@ def main() -> None:
     read = read_bandwidth()
     peak = max(pack.native.int8_rate(500_000) for _ in range(20))
     print(
-        f"{pack.native.isa()}, {pack.native.threads()} threads: read {read / 1e9:.1f} GB/s, int8 {peak / 1e12:.3f} TOP/s"
+        f"{pack.native.isa()}, {pack.native.threads()} threads: "
+        f"read {read / 1e9:.1f} GB/s, int8 {peak / 1e12:.3f} TOP/s"
     )
     for name, bits, group, act_group in CASES:
         w, cells = random_weight(a.rows, a.cols, bits, group, act_group), []
