@@ -26,7 +26,7 @@ def modules() -> set[str]:
 
 def test_structure_lists_every_module_and_no_other() -> None:
     rows = set(re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "structure.md").read_text(), re.M))
-    assert rows - {"demo/"} == modules()
+    assert rows - {"demo/", "kernels/cpu/"} == modules()
 
 
 def console_examples() -> list[tuple[str, str]]:

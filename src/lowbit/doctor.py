@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from lowbit.environment import environment, installed
+from lowbit.kernels.pack import native
 from lowbit.speed.bandwidth import measure_bandwidth
 
 _EXTRAS = {  # package -> what it is for, how to get it
@@ -27,6 +28,10 @@ def doctor() -> dict[str, Any]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if torch.get_num_threads() > cores:
         advice.append(f"torch uses {torch.get_num_threads()} threads on {cores} cores; set OMP_NUM_THREADS={cores}.")
+    if native is None:
+        advice.append(
+            "lowbit's kernels were not built: install a C++ compiler (gcc or clang) and install lowbit again."
+        )
     if torch.version.cuda and not torch.cuda.is_available():
         advice.append(
             "torch is a CUDA build but finds no GPU. The CPU build is 2 GB smaller; see 'Install' in the README."
@@ -52,11 +57,14 @@ def doctor() -> dict[str, Any]:
 
 
 def _kernels() -> dict[str, str]:
+    """What computes which scheme here."""
+    if native is None:
+        own = "torch's own kernels; others dequantized at load, which saves disk and not time"
+        return {"native": "not built", "w4a16, w8a16-channel, w8a8": own}
     return {
-        "w4a16 (groups of 32, 64, 128, 256)": "torch int4",
-        "w8a16-channel": "torch int8",
-        "w8a8": "torch int8 x int8",
-        "other schemes": "dequantized at load: saves disk, not time",
+        "native": native.isa(),
+        "w2, w3, w4, w8 (a16) and w8a8": "lowbit's decoder, for Llama, Mistral, Qwen2/3, Gemma, Phi-3",
+        "other schemes and models": "transformers with torch's kernels",
     }
 
 

@@ -4,12 +4,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
 
 import lowbit
 from lowbit.errors import InputError
+from lowbit.kernels.pack import native
 from lowbit.pipeline import quantize
-from lowbit.runtime.engine import load
+from lowbit.runtime.engine import Runtime, load
+from lowbit.runtime.general import GeneralEngine
+from lowbit.runtime.native import NativeEngine, why_not
+from lowbit.scheme import Scheme
 
 
 def test_greedy_stream_is_transformers_generate(tiny_float32: Path) -> None:
@@ -21,17 +25,55 @@ def test_greedy_stream_is_transformers_generate(tiny_float32: Path) -> None:
     assert torch.equal(streamed, expected)
 
 
+needs_native = pytest.mark.skipif(native is None, reason="the compiled kernels were not built")
+
+
+def kl(p: torch.Tensor, q: torch.Tensor) -> float:
+    return float((p.softmax(-1) * (p.log_softmax(-1) - q.log_softmax(-1))).sum(-1).mean())
+
+
 def test_logits_of_the_quantized_runtimes_agree(tiny: Path, tmp_path: Path) -> None:
     quantize(tiny, tmp_path / "q", scheme="w8a16-channel", method="rtn")
     tokens = torch.randint(0, 4096, (1, 32), generator=torch.Generator().manual_seed(0))
-    exact, kernels = load(tmp_path / "q", "float32").logits(tokens), load(tmp_path / "q").logits(tokens)
-    assert load(tmp_path / "q").kernels == {"int8": 14}
-    kl = (exact.softmax(-1) * (exact.log_softmax(-1) - kernels.log_softmax(-1))).sum(-1).mean()
-    assert kl < 2e-3
+    engine = load(tmp_path / "q", "transformers")
+    assert engine.kernels == {"int8": 14}
+    assert kl(load(tmp_path / "q", "float32").logits(tokens), engine.logits(tokens)) < 2e-3
 
 
-def test_weight_bytes_count_every_stored_tensor_once(tiny: Path) -> None:
-    engine = load(tiny, "bfloat16")
+@needs_native
+@pytest.mark.parametrize(
+    "scheme", ["w4a16-g32", "w4a16-g64-asym", "w3a16-g32", "w2a16-channel", "w8a16-tensor", "w8a8"]
+)
+def test_native_engine_computes_the_stored_model(scheme: str, tiny: Path, tmp_path: Path) -> None:
+    """Against the exact float32 path: what is left is the int8 rounding of the activations."""
+    quantize(tiny, tmp_path / "q", scheme=scheme, method="rtn")
+    tokens = torch.randint(0, 4096, (2, 48), generator=torch.Generator().manual_seed(0))
+    engine = load(tmp_path / "q")
+    assert isinstance(engine, NativeEngine)
+    assert sum(engine.kernels.values()) == 14
+    assert kl(load(tmp_path / "q", "float32").logits(tokens), engine.logits(tokens)) < 2e-3
+
+
+@needs_native
+def test_native_stream_is_the_argmax_of_its_own_logits(tiny: Path) -> None:
+    engine = load(tiny)
+    prompts = torch.randint(3, 4096, (3, 9), generator=torch.Generator().manual_seed(0))
+    streamed = torch.stack(list(engine.stream(prompts, 12)), 1)
+    whole = torch.cat([prompts, streamed], 1)
+    assert torch.equal(engine.logits(whole)[:, 8:-1].argmax(-1), streamed)
+
+
+@needs_native
+def test_models_without_native_kernels_go_through_transformers(tiny: Path, tmp_path: Path) -> None:
+    quantize(tiny, tmp_path / "q", scheme="fp8", method="rtn")
+    assert isinstance(load(tmp_path / "q"), GeneralEngine)
+    assert "no native kernel for fp8" in str(why_not(LlamaConfig(), {"x": Scheme.parse("fp8")}))
+    assert "does not know model_type 'gpt2'" in str(why_not(GPT2Config(), {}))
+
+
+@pytest.mark.parametrize("runtime", ["bfloat16", "auto"])
+def test_weight_bytes_count_every_stored_tensor_once(runtime: Runtime, tiny: Path) -> None:
+    engine = load(tiny, runtime)
     stored = sum(info.nbytes for info in engine.checkpoint.tensors.values())
     assert engine.weight_bytes == stored
     row = 64 * 2
@@ -39,9 +81,10 @@ def test_weight_bytes_count_every_stored_tensor_once(tiny: Path) -> None:
     assert engine.kv_bytes(10) == 2 * 2 * 2 * 16 * 10 * 2  # keys and values, layers, heads, width, tokens, bytes
 
 
-def test_quantized_weight_bytes_shrink(tiny: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("runtime", ["transformers", "auto"])
+def test_quantized_weight_bytes_shrink(runtime: Runtime, tiny: Path, tmp_path: Path) -> None:
     quantize(tiny, tmp_path / "q", scheme="w4a16-g32", method="rtn")
-    assert load(tmp_path / "q").weight_bytes < load(tiny, "bfloat16").weight_bytes
+    assert load(tmp_path / "q", runtime).weight_bytes < load(tiny, runtime).weight_bytes
 
 
 def test_public_api_generates_text() -> None:

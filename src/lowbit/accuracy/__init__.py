@@ -11,7 +11,8 @@ from lowbit.calibration import read_documents, tokenize
 from lowbit.errors import InputError
 from lowbit.model.checkpoint import DEMO, open_checkpoint
 from lowbit.model.load import load_tokenizer
-from lowbit.runtime.engine import Engine, Runtime, load
+from lowbit.runtime.base import Engine
+from lowbit.runtime.engine import Runtime, load
 
 __all__ = ["evaluate"]
 

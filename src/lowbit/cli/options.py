@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from lowbit.console import set_verbosity
-from lowbit.errors import InputError
+from lowbit.errors import InputError, nearest
 
 Json = Annotated[
     str | None, typer.Option("--json", metavar="FILE|-", help="Write the numbers as one JSON document ('-': stdout).")
@@ -17,7 +17,9 @@ Json = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results only, no progress.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print more on the way.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**32 - 1)]
-Runtime = Annotated[str, typer.Option(help="What computes: auto (kernels), bfloat16 or float32 (dequantized).")]
+Runtime = Annotated[
+    str, typer.Option(help="What computes: auto, transformers, or bfloat16 and float32 (weights dequantized).")
+]
 
 
 def begin(quiet: bool, verbose: bool) -> None:
@@ -25,8 +27,9 @@ def begin(quiet: bool, verbose: bool) -> None:
 
 
 def check_runtime(value: str) -> Any:
-    if value not in ("auto", "bfloat16", "float32"):
-        raise InputError(f"unknown runtime {value!r}. Known: auto, bfloat16, float32.")
+    known = ("auto", "transformers", "bfloat16", "float32")
+    if value not in known:
+        raise InputError(f"unknown runtime {value!r}. {nearest(value, known)}")
     return value
 
 

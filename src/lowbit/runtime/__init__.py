@@ -1,0 +1,1 @@
+"""Running models: the native decoder and what is built on it."""

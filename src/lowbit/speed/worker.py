@@ -33,7 +33,8 @@ def main() -> None:
     import torch
 
     from lowbit.errors import LowbitError
-    from lowbit.runtime.engine import Engine, load
+    from lowbit.runtime.base import Engine
+    from lowbit.runtime.engine import load
 
     baseline = psutil.Process().memory_info().rss
     engine: Engine | None = None

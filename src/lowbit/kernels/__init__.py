@@ -1,0 +1,1 @@
+"""Low-bit kernels: `ops` (torch operators), `reference` (their torch twins), `pack` (layouts), `cpu/` (C++)."""

@@ -1,0 +1,205 @@
+"""The torch twins: what every kernel computes, said in plain torch.
+
+They are the oracle of the tests, and the implementation on machines where the extension could not be built. Each
+follows its kernel's order of rounding: activations become int8 codes in the same way, sums of codes are exact, so a
+twin and its kernel differ only in the order of a few float additions.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+PANEL, BLOCK = 16, 32
+INT, TABLE, BF16 = 0, 1, 2
+
+
+def _pad_to(t: Tensor, rows: int, cols: int, value: int = 0) -> Tensor:
+    return torch.nn.functional.pad(t, (0, cols - t.shape[1], 0, rows - t.shape[0]), value=value)
+
+
+def _up(n: int, m: int) -> int:
+    return -(-n // m) * m
+
+
+def pack_codes(codes: Tensor, bits: int, pad: int) -> Tensor:
+    """uint8 codes (rows, cols) -> the bytes of `cpu/kernels.h`, (panels * blocks * 64 * bits,)."""
+    rows, cols = codes.shape
+    x = _pad_to(codes, _up(rows, PANEL), _up(cols, BLOCK), pad)
+    x = x.view(-1, PANEL, x.shape[1] // BLOCK, 8, 4).permute(0, 2, 3, 1, 4).reshape(-1, 8, 64)  # (block, j, lane byte)
+    if bits == 8:
+        out = x
+    elif bits == 4:
+        out = x[:, 0::2] | x[:, 1::2] << 4
+    else:
+        low = (x & 3).view(-1, 2, 4, 64)
+        out = low[:, :, 0] | low[:, :, 1] << 2 | low[:, :, 2] << 4 | low[:, :, 3] << 6
+        if bits == 3:
+            high = sum((x[:, j] >> 2 & 1) << j for j in range(8))
+            out = torch.cat([out, torch.as_tensor(high)[:, None]], 1)
+    return out.reshape(-1).contiguous()
+
+
+def unpack_codes(data: Tensor, bits: int, rows: int, cols: int) -> Tensor:
+    """The inverse of `pack_codes`: uint8 codes (rows, cols)."""
+    panels, blocks = _up(rows, PANEL) // PANEL, _up(cols, BLOCK) // BLOCK
+    x = data.view(panels * blocks, bits, 64)
+    if bits == 4:
+        x = torch.stack([x & 15, x >> 4], 2).view(-1, 8, 64)
+    elif bits < 4:
+        low = torch.stack([x[:, :2] >> s & 3 for s in (0, 2, 4, 6)], 2).reshape(-1, 8, 64)
+        if bits == 3:
+            low = low | torch.stack([x[:, 2] >> j & 1 for j in range(8)], 1) << 2
+        x = low
+    x = x.view(panels, blocks, 8, PANEL, 4).permute(0, 3, 1, 2, 4).reshape(panels * PANEL, blocks * BLOCK)
+    return x[:rows, :cols].contiguous()
+
+
+def pack_table_codes(codes: Tensor) -> Tensor:
+    """4-bit indices (rows, cols) -> the bytes of `cpu/lut.h`: a row per 16 bytes, columns 16 apart share a byte."""
+    rows, cols = codes.shape
+    x = _pad_to(codes, _up(rows, PANEL), _up(cols, BLOCK))
+    x = x.view(-1, PANEL, x.shape[1] // BLOCK, 2, 16).permute(0, 2, 3, 1, 4)  # (panel, block, half, row, 16)
+    return (x[:, :, 0] | x[:, :, 1] << 4).reshape(-1).contiguous()
+
+
+def unpack_table_codes(data: Tensor, rows: int, cols: int) -> Tensor:
+    """The inverse of `pack_table_codes`."""
+    panels, blocks = _up(rows, PANEL) // PANEL, _up(cols, BLOCK) // BLOCK
+    x = data.view(panels, blocks, PANEL, 16)
+    x = torch.stack([x & 15, x >> 4], 3).permute(0, 2, 1, 3, 4).reshape(panels * PANEL, blocks * BLOCK)
+    return x[:rows, :cols].contiguous()
+
+
+def pack_bf16_codes(weight: Tensor) -> Tensor:
+    """bf16 (rows, cols) -> bytes, pairs of panels with pairs of columns together."""
+    rows, cols = weight.shape
+    x = _pad_to(weight, _up(rows, 2 * PANEL), _up(cols, BLOCK))
+    x = x.view(-1, 2 * PANEL, x.shape[1] // 2, 2).transpose(1, 2).contiguous()
+    return x.view(-1).view(torch.uint8)
+
+
+def unpack_bf16_codes(data: Tensor, rows: int, cols: int) -> Tensor:
+    """The inverse of `pack_bf16_codes`."""
+    x = data.view(torch.bfloat16).view(_up(rows, 2 * PANEL) // (2 * PANEL), _up(cols, BLOCK) // 2, 2 * PANEL, 2)
+    return x.transpose(1, 2).reshape(_up(rows, 2 * PANEL), -1)[:rows, :cols].contiguous()
+
+
+def quantize_rows(x: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """x (m, n) float -> int8 codes (m, n) and float scales (m, ceil(n / group)); group 0: one scale a row.
+
+    code = round(x * (127 / max|x|)), scale = max|x| / 127; a group below 1e-30 is zeros.
+    """
+    m, n = x.shape
+    group = group or n
+    padded = torch.nn.functional.pad(x.float(), (0, -n % group)).view(m, -1, group)
+    top = padded.abs().amax(-1, keepdim=True)
+    live = top >= 1e-30
+    # A tensor divided by a tensor: torch turns scalar / tensor into a reciprocal and a product, which rounds twice.
+    multiplier = torch.where(live, torch.full_like(top, 127.0) / top, torch.zeros_like(top))
+    scale = torch.where(live, top * torch.tensor(1 / 127, dtype=torch.float32), torch.zeros_like(top))
+    codes = torch.round(padded * multiplier).clamp(-127, 127).to(torch.int8)
+    return codes.view(m, -1)[:, :n].contiguous(), scale.squeeze(-1)
+
+
+def dequantize_rows(codes: Tensor, scale: Tensor, group: int) -> Tensor:
+    """The inverse of `quantize_rows`, float (m, n)."""
+    n = codes.shape[1]
+    group = group or n
+    return codes.float() * scale.repeat_interleave(group, 1)[:, :n]
+
+
+def weight_of(
+    codes: Tensor, scales: Tensor | None, zeros: Tensor | None, table: Tensor | None, kind: int, bits: int, rows: int,
+    cols: int, group: int, zero: int,
+) -> Tensor:  # fmt: skip
+    """The float matrix (rows, cols) that packed tensors stand for."""
+    if kind == BF16:
+        return unpack_bf16_codes(codes, rows, cols).float()
+    assert scales is not None
+    scale = scales.float().transpose(1, 2).reshape(-1, scales.shape[1])[:rows].repeat_interleave(group, 1)[:, :cols]
+    if kind == TABLE:
+        assert table is not None
+        index = unpack_table_codes(codes, rows, cols).long()
+        return (torch.gather(table.view(-1, 16)[:rows].float() - 128, 1, index)) * scale
+    value = unpack_codes(codes, bits, rows, cols).float()
+    if zeros is None:
+        return (value - zero) * scale
+    offset = zeros.float().transpose(1, 2).reshape(-1, zeros.shape[1])[:rows].repeat_interleave(group, 1)[:, :cols]
+    return (value - offset) * scale
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, kind: int, act_group: int) -> Tensor:
+    """x (m, cols) float, weight (rows, cols) float -> (m, rows), activations rounded as the kernels round them."""
+    if act_group >= 0:
+        if kind == BF16:
+            x = x.to(torch.bfloat16)
+        else:
+            x = dequantize_rows(*quantize_rows(x, act_group), act_group)
+    y = x.double() @ weight.double().T
+    return (y if bias is None else y + bias.double()).float()
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float) -> Tensor:
+    """x / rms(x) * weight over the last dimension; x itself without a weight."""
+    if weight is None:
+        return x.float()
+    x = x.float()
+    inverse: Tensor = 1 / torch.sqrt(x.double().pow(2).mean(-1, keepdim=True) + eps)
+    return x * inverse.float() * weight.float()
+
+
+def glu(gate: Tensor, up: Tensor, activation: str) -> Tensor:
+    """act(gate) * up; activation "silu" or "gelu" (tanh form)."""
+    act = torch.nn.functional.silu(gate) if activation == "silu" else torch.nn.functional.gelu(gate, approximate="tanh")
+    return act * up
+
+
+def rope(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotate the first 2 * cos.shape[1] values of a head: x (tokens, heads, dim), cos and sin (positions, rot / 2)."""
+    half = cos.shape[1]
+    c, s = cos[positions.long()][:, None], sin[positions.long()][:, None]
+    a, b = x[..., :half], x[..., half : 2 * half]
+    return torch.cat([a * c - b * s, b * c + a * s, x[..., 2 * half :]], -1)
+
+
+def hadamard(x: Tensor) -> Tensor:
+    """Orthonormal Walsh-Hadamard transform of the last dimension, in blocks of its largest power of two."""
+    n = x.shape[-1]
+    block, h = n & -n, 1
+    y = x.float().reshape(-1, block)
+    while h < block:
+        y = y.view(-1, block // (2 * h), 2, h)
+        y = torch.stack([y[:, :, 0] + y[:, :, 1], y[:, :, 0] - y[:, :, 1]], 2).reshape(-1, block)
+        h *= 2
+    out: Tensor = (y * float(block) ** -0.5).view(x.shape)
+    return out
+
+
+def round_kv(x: Tensor, kv: str) -> Tensor:
+    """x (tokens, heads, dim) as the cache gives it back."""
+    if kv == "int8":
+        shape = x.shape
+        codes, scale = quantize_rows(x.reshape(-1, shape[-1]), 0)
+        return dequantize_rows(codes, scale, 0).view(shape)
+    if kv == "fp8":
+        return x.clamp(-448, 448).to(torch.float8_e4m3fn).float()
+    return x.to(torch.float16 if kv == "fp16" else torch.bfloat16).float()
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, kv: str, first: int, scale: float, softcap: float = 0.0, window: int = 0
+) -> Tensor:
+    """Causal grouped attention of q (tokens, heads, dim), at positions first.., over k and v (all, kv_heads, dim)."""
+    tokens, heads, _ = q.shape
+    total, kv_heads, _ = k.shape
+    k, v = (round_kv(t, kv).repeat_interleave(heads // kv_heads, 1).double() for t in (k, v))
+    scores = torch.einsum("qhd,khd->hqk", q.double(), k) * scale
+    if softcap:
+        scores = torch.tanh(scores / softcap) * softcap
+    at, to = first + torch.arange(tokens)[:, None], torch.arange(total)[None]
+    hidden = to > at
+    if window:
+        hidden |= to <= at - window
+    p = scores.masked_fill(hidden, float("-inf")).softmax(-1)
+    return torch.einsum("hqk,khd->qhd", p, v).float()

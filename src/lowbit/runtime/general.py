@@ -1,0 +1,76 @@
+"""The engine for everything: transformers' own model class with lowbit's linears put in."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+
+from lowbit.model.load import Source, materialize
+from lowbit.model.walk import linears
+from lowbit.numerics import fake_quantize_activation
+from lowbit.runtime.base import Engine
+from lowbit.runtime.linear import QuantizedLinear
+
+
+class GeneralEngine(Engine):
+    """`net` is the architecture without weights. With `kernels`, quantized linears compute from their stored bits;
+    without, they are dequantized to `dtype` and only the activations are rounded as the scheme says."""
+
+    def __init__(self, net: Any, source: Source, dtype: torch.dtype, *, kernels: bool) -> None:
+        self.checkpoint, self.net, self.dtype = source.checkpoint, net, dtype
+        self.config = net.config.get_text_config()
+        for name, module in linears(net).items():
+            quantized = source.linear(name)
+            if quantized is None:
+                continue
+            scheme = source.schemes[name]
+            if kernels:
+                bias = source.checkpoint.get(f"{name}.bias") if module.bias is not None else None
+                net.set_submodule(name, QuantizedLinear(quantized, scheme, bias, dtype))
+            elif scheme.activation is not None:
+                grid = scheme.activation
+                module.register_forward_pre_hook(
+                    lambda _m, args, g=grid: (fake_quantize_activation(args[0], g), *args[1:])
+                )
+        materialize(net, "", source, dtype)
+        net.tie_weights()
+        self.kernels = {}
+        for module in net.modules():
+            if isinstance(module, QuantizedLinear):
+                self.kernels[module.kernel] = self.kernels.get(module.kernel, 0) + 1
+        names = "+".join(sorted(self.kernels))
+        self.runtime = f"transformers, {str(dtype).removeprefix('torch.')}" + (f", torch {names}" if names else "")
+        embedding, head = net.get_input_embeddings().weight, net.get_output_embeddings()
+        tied = head is not None and getattr(head, "weight", None) is embedding
+        self.weight_bytes = sum(_module_bytes(m) for m in net.modules()) - (embedding.nbytes if tied else 0)
+        row = embedding.nbytes // len(embedding)
+        self.weight_bytes_per_token = self.weight_bytes - (0 if tied else embedding.nbytes) + row
+
+    @torch.inference_mode()
+    def logits(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.net(input_ids=tokens, use_cache=False).logits
+        return logits.float()
+
+    @torch.inference_mode()
+    def _stream(self, prompts: Tensor, max_new_tokens: int) -> Iterator[Tensor]:
+        cache = DynamicCache(config=self.net.config)
+        step = prompts
+        for _ in range(max_new_tokens):
+            out = self.net(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            token = out.logits[:, -1].argmax(-1)
+            yield token
+            step = token[:, None]
+
+    def kv_bytes(self, context: int) -> int:
+        c = self.config
+        heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
+        width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
+        return int(2 * c.num_hidden_layers * heads * width * context * self.dtype.itemsize)
+
+
+def _module_bytes(module: nn.Module) -> int:
+    if isinstance(module, QuantizedLinear):
+        return module.bytes_read + (0 if module.bias is None else module.bias.nbytes)
+    return sum(p.nbytes for p in module.parameters(recurse=False))
