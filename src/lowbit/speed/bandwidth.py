@@ -9,6 +9,8 @@ from collections.abc import Callable
 
 import torch
 
+from lowbit.kernels.pack import native
+
 _BYTES = 512 * 2**20
 
 
@@ -31,4 +33,7 @@ def measure_bandwidth(repeats: int = 7) -> float:
             start = time.perf_counter()
             read()
             best = max(best, _BYTES / (time.perf_counter() - start))
+    if native is not None:  # plain loads by the kernels' own threads, in two orders
+        rates = [native.read_rate(buffer.data_ptr(), _BYTES, order) for order in (0, 1) for _ in range(repeats)]
+        best = max(best, *rates)
     return best
