@@ -25,10 +25,11 @@ def inspect(
 
 
 def _inspection(document: dict[str, Any], shown: int) -> str:
+    files = f"{document['shards']} file{'s' * (document['shards'] != 1)}"
     lines = [
         f"{document['model']}: {document['architecture']}, {document['parameters'] / 1e6:.1f} M parameters, "
         f"{document['blocks']} blocks, {document['linears']} linears",
-        f"{megabytes(document['bytes'])} in {document['shards']} file{'s' * (document['shards'] != 1)}, {document['dtype']}; "
+        f"{megabytes(document['bytes'])} in {files}, {document['dtype']}; "
         + (", ".join(f"{n} linears {s}" for s, n in document["schemes"].items()) or "not quantized"),
     ]
     if "layers" in document:
