@@ -254,7 +254,7 @@ def test_statistics_that_do_not_allow_the_method(run: Run, tmp_path: Path, monke
         ({"method": "gtpq"}, "unknown method 'gtpq'. Did you mean gptq"),
         ({"set": (("damp", "1"),)}, "method 'gptq' has no setting 'damp'"),
         ({"ignore": ("mpl.*",)}, r"pattern 'mpl\.\*' matches no linear layer. There are .*up_proj"),
-        ({"override": (("lm_head", "w8a16"),)}, "override 'lm_head' names lm_head, outside the blocks"),
+        ({"override": (("lm_head", "w8a8"),)}, "override 'lm_head': outside the blocks, weights alone"),
         ({"ignore": ("*",)}, "nothing is left to quantize"),
         ({"calibration": None}, "method 'gptq' needs text to calibrate on"),
         ({"calibration": "nowhere.txt"}, "nowhere.txt: no such file"),

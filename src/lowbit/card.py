@@ -17,9 +17,9 @@ layers (codes and scales), {count} layers{fallbacks}.
 
 ```python
 from transformers import AutoModelForCausalLM  # needs the compressed-tensors package
-model = AutoModelForCausalLM.from_pretrained("{output}")
+model = AutoModelForCausalLM.from_pretrained("{output}"{words})
 ```
-
+{notes}
 ## Made with
 
     lowbit quantize {model} -o OUT --recipe {output}/lowbit.json
@@ -28,8 +28,18 @@ Every layer's loss, the data's hash and the versions are in `lowbit.json`; `lowb
 """
 
 
+_ASYMMETRIC = """
+(transformers 5.23 reads packed zero points only with `dequantize=True`; import `CompressedTensorsConfig` from it.)
+"""
+_EMBEDDING = """
+The embedding is quantized too. lowbit reads that; transformers 5.23 does not, and starts with a random one.
+"""
+
+
 def write_card(path: Path, manifest: dict[str, Any], document: dict[str, Any]) -> None:
     output = Path(document["output"]).name
+    asymmetric = any(r["scheme"].endswith("-asym") for r in document["layers"])
+    embedding = any("embed" in r["name"] for r in document["layers"])
     fallbacks = sum(1 for r in document["layers"] if r["fallback"])
     text = _CARD.format(
         title=output,
@@ -38,6 +48,8 @@ def write_card(path: Path, manifest: dict[str, Any], document: dict[str, Any]) -
         scheme=document["scheme"],
         method=document["method"],
         version=manifest["lowbit_version"],
+        words=", quantization_config=CompressedTensorsConfig(dequantize=True)" if asymmetric else "",
+        notes=_ASYMMETRIC * asymmetric + _EMBEDDING * embedding,
         bits=document["bits_per_weight"],
         count=len(document["layers"]),
         fallbacks=f" ({fallbacks} fell back to rtn)" if fallbacks else "",

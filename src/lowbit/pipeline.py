@@ -8,7 +8,7 @@
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,7 @@ from lowbit.model.lockstep import Walk
 from lowbit.model.walk import Blocks, Entry, capture_entries, find_blocks, input_groups, linears
 from lowbit.preflight import Plan, check_disk, make_plan
 from lowbit.recipe import Recipe
-from lowbit.rounding import UNREACHED, Rounded, Statistics, round_linears
+from lowbit.rounding import UNREACHED, Rounded, Statistics, round_linears, round_plain
 from lowbit.scheme import Scheme, TensorScheme
 
 HELD_OUT = 16  # one batch in this many checks the method instead of feeding it
@@ -119,14 +119,14 @@ class _Job:
             report = self.work.report(shard)
             if report is None:
                 rounded = self._round_block(block, index, entries)
-                report = self._write(shard, name, rounded)
+                stored = [t for t in self.source.checkpoint.tensors if t.startswith(name + ".")]
+                report = self._write(shard, stored, {f"{name}.{n}": r for n, r in rounded.items()})
             elif entries:
                 self._replay(block, index, entries, shard)
             release(block)
             layers += report
             note(_block_line(name, report, time.perf_counter() - started))
-        self._write_rest()
-        return layers
+        return layers + self._write_rest()
 
     def _enter(self, calibration: Calibration, dtype: torch.dtype) -> list[Entry]:
         materialize_outside(self.net, self.blocks, self.source, dtype)
@@ -185,31 +185,32 @@ class _Job:
         for entry, hidden in zip(entries, walk.finish(), strict=True):
             entry.hidden = hidden
 
-    def _write(self, shard: str, name: str, rounded: Mapping[str, Rounded]) -> list[dict[str, Any]]:
-        """The block's shard, packed linears and everything else as the checkpoint has it; then proof that the file
-        says what was kept in memory, to the last bit; then the report that makes the block count as finished."""
-        checkpoint = self.source.checkpoint
-        packed = {f"{name}.{local}.weight" for local in rounded}
-        tensors: dict[str, Tensor] = {
-            t: checkpoint.get(t) for t in checkpoint.tensors if t.startswith(name + ".") and t not in packed
-        }
-        for local, result in rounded.items():
-            tensors |= pack(f"{name}.{local}", result.quantized, self.plan.schemes[f"{name}.{local}"])
+    def _write(self, shard: str, stored: Iterable[str], rounded: Mapping[str, Rounded]) -> list[dict[str, Any]]:
+        """One shard, packed weights (by full name) and every other tensor of `stored` as the checkpoint has it; then
+        proof that the file says what was kept in memory, to the last bit; then the report that makes it finished."""
+        packed = {f"{name}.weight" for name in rounded}
+        tensors: dict[str, Tensor] = {t: self.source.checkpoint.get(t) for t in stored if t not in packed}
+        for name, result in rounded.items():
+            tensors |= pack(name, result.quantized, self.plan.schemes[name])
         self.work.write_shard(shard, tensors)
         read = safetensors.torch.load_file(self.work.path / shard)
-        for local, result in rounded.items():
-            back = unpack(f"{name}.{local}", read.__getitem__, self.plan.schemes[f"{name}.{local}"])
+        for name, result in rounded.items():
+            back = unpack(name, read.__getitem__, self.plan.schemes[name])
             if not torch.equal(back.dequantize(), result.quantized.dequantize()):
-                raise AssertionError(f"{shard}: {name}.{local} reads back differently from what was written")
+                raise AssertionError(f"{shard}: {name} reads back differently from what was written")
         report = [result.report for result in rounded.values()]
         self.work.write_report(shard, report)
         return report
 
-    def _write_rest(self) -> None:
-        """The last shard: everything outside the blocks, as the checkpoint has it."""
+    def _write_rest(self) -> list[dict[str, Any]]:
+        """The last shard: everything outside the blocks, as the checkpoint has it or as an override asks."""
         checkpoint, names = self.source.checkpoint, self.blocks.names
         rest = [t for t in checkpoint.tensors if not any(t.startswith(n + ".") for n in names)]
-        self.work.write_shard(shard_name(len(names), len(names)), {t: checkpoint.get(t) for t in rest})
+        rounded = {}
+        for name, scheme in self.plan.schemes.items():
+            if scheme.weight is not None and f"{name}.weight" in rest:
+                rounded[name] = round_plain(name, checkpoint.get(f"{name}.weight"), scheme, checkpoint.dtype)
+        return self._write(shard_name(len(names), len(names)), rest, rounded)
 
 
 def find_calibration(checkpoint: Checkpoint, recipe: Recipe) -> Calibration | None:

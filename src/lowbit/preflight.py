@@ -1,11 +1,13 @@
 """Everything that can be refused is refused here, from file headers alone, before any heavy work."""
 
+import math
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from torch import nn
+from transformers import PreTrainedModel
 
 from lowbit.algorithms import find_method, make_settings
 from lowbit.errors import InputError
@@ -29,7 +31,7 @@ class Plan:
         return {n: s for n, s in inside.items() if s.weight is not None}
 
 
-def make_plan(model: nn.Module, blocks: Blocks, checkpoint: Checkpoint, recipe: Recipe) -> Plan:
+def make_plan(model: PreTrainedModel, blocks: Blocks, checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     """Raises InputError for an unknown method or setting, a scheme that a layer's shape cannot take, a pattern that
     matches nothing, a model that is quantized already."""
     find_method(recipe.method)
@@ -40,15 +42,18 @@ def make_plan(model: nn.Module, blocks: Blocks, checkpoint: Checkpoint, recipe: 
             "adds the errors up; start from the original model."
         )
     schemes = {}
-    everything = linears(model)
+    asked = _asked_outside(model, blocks, recipe)
+    everything = linears(model) | asked
     for name, module in everything.items():
-        scheme = recipe.scheme_of(name) if name.startswith(blocks.name + ".") else Scheme(None)
+        inside = name.startswith(blocks.name + ".")
+        scheme = recipe.scheme_of(name) if inside or name in asked else Scheme(None)
         if scheme.weight is not None:
+            rows, columns = module.weight.shape
             try:
-                scale_shape(scheme.weight, (module.out_features, module.in_features))
+                scale_shape(scheme.weight, (rows, columns))
             except InputError as error:
                 raise InputError(
-                    f"scheme {scheme} does not fit {name} ({module.out_features} x {module.in_features}): {error}, "
+                    f"scheme {scheme} does not fit {name} ({rows} x {columns}): {error}, "
                     f"or leave the layer alone with --ignore '{name.split('.')[-1]}'."
                 ) from error
         schemes[name] = scheme
@@ -56,29 +61,44 @@ def make_plan(model: nn.Module, blocks: Blocks, checkpoint: Checkpoint, recipe: 
         hits = [n for n in everything if matches(pattern, n)]
         if not hits:
             raise InputError(f"pattern {pattern!r} matches no linear layer. There are {', '.join(_kinds(everything))}.")
-    outside = [n for n in everything if not n.startswith(blocks.name + ".")]
-    for pattern, _ in recipe.override:
-        if any(matches(pattern, n) for n in outside):
-            raise InputError(f"override {pattern!r} names {outside[0]}, outside the blocks: it stays as it is for now.")
     if all(s.weight is None for s in schemes.values()):
         raise InputError("nothing is left to quantize: every linear is ignored or has the scheme 'none'.")
     return Plan(schemes, _output_bytes(everything, schemes, checkpoint))
 
 
-def _kinds(names: Mapping[str, nn.Linear]) -> list[str]:
+def _asked_outside(model: PreTrainedModel, blocks: Blocks, recipe: Recipe) -> dict[str, nn.Linear | nn.Embedding]:
+    """The head and the embeddings that an override names in full (a wildcard does not reach them).
+
+    Raises InputError if one is tied to another or the scheme rounds activations.
+    """
+    asked = {}
+    tied = model.all_tied_weights_keys
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding) and not name.startswith(blocks.name + "."):
+            for pattern, scheme in recipe.override:
+                if name == pattern or name.endswith("." + pattern):
+                    if f"{name}.weight" in {*tied.keys(), *tied.values()}:
+                        raise InputError(f"override {pattern!r}: {name} shares its weight with another layer (tied).")
+                    if Scheme.parse(scheme).activation is not None or Scheme.parse(scheme).weight is None:
+                        raise InputError(f"override {pattern!r}: outside the blocks, weights alone: w8a16-channel, ...")
+                    asked[name] = module
+    return asked
+
+
+def _kinds(names: Mapping[str, nn.Linear | nn.Embedding]) -> list[str]:
     return sorted({n.split(".")[-1] for n in names})
 
 
-def _output_bytes(modules: Mapping[str, nn.Linear], schemes: Mapping[str, Scheme], checkpoint: Checkpoint) -> int:
+def _output_bytes(
+    modules: Mapping[str, nn.Linear | nn.Embedding], schemes: Mapping[str, Scheme], checkpoint: Checkpoint
+) -> int:
     total = checkpoint.nbytes
     for name, scheme in schemes.items():
         if scheme.weight is not None:
-            weights = modules[name].weight.numel()
-            scales = 1
-            for size in scale_shape(scheme.weight, (modules[name].out_features, modules[name].in_features)):
-                scales *= size
+            rows, columns = modules[name].weight.shape
+            scales = math.prod(scale_shape(scheme.weight, (rows, columns)))
             total -= checkpoint.tensors[f"{name}.weight"].nbytes
-            total += weights * scheme.weight.bits // 8 + scales * 3
+            total += rows * columns * scheme.weight.bits // 8 + scales * 3
     return total
 
 

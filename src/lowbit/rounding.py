@@ -122,6 +122,24 @@ def round_linears(
     return rounded
 
 
+def round_plain(name: str, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Rounded:
+    """RTN with searched scales, for a head or an embedding, which no statistics are taken for."""
+    assert scheme.weight is not None
+    started = time.perf_counter()
+    quantized = rtn(weight.float(), scheme.weight, scale_dtype, scale_search=True)
+    report = {
+        "name": name,
+        "scheme": str(scheme),
+        "bits": quantized.stored_bits / weight.numel(),
+        "weights": weight.numel(),
+        "loss_rtn": None,
+        "loss": None,
+        "seconds": time.perf_counter() - started,
+        "fallback": None,
+    }
+    return Rounded(quantized, report)
+
+
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """Column loops are thousands of operations of a few microseconds: a second thread costs more than it brings,

@@ -50,8 +50,24 @@ def test_native_engine_computes_the_stored_model(scheme: str, tiny: Path, tmp_pa
     tokens = torch.randint(0, 4096, (2, 48), generator=torch.Generator().manual_seed(0))
     engine = load(tmp_path / "q")
     assert isinstance(engine, NativeEngine)
-    assert sum(engine.kernels.values()) == 14
+    assert sum(engine.kernels.values()) == 15  # the blocks' linears and the head
     assert kl(load(tmp_path / "q", "float32").logits(tokens), engine.logits(tokens)) < 2e-3
+
+
+@needs_native
+def test_head_and_embedding_in_8_bits(tiny: Path, tmp_path: Path) -> None:
+    """A head that the file leaves alone is rounded at load; one that the file holds in 8 bits, and embedding rows as
+    bytes, are what the float32 path computes with."""
+    override = (("lm_head", "w8a16-channel"), ("embed_tokens", "w8a16-channel"))
+    quantize(tiny, tmp_path / "left", scheme="w4a16-g32", method="rtn")
+    quantize(tiny, tmp_path / "asked", scheme="w4a16-g32", method="rtn", override=override)
+    tokens = torch.randint(0, 4096, (2, 48), generator=torch.Generator().manual_seed(0))
+    left, asked = load(tmp_path / "left"), load(tmp_path / "asked")
+    assert "int8 head" in left.runtime
+    assert "int8 head" not in asked.runtime
+    assert asked.weight_bytes < left.weight_bytes
+    assert kl(load(tmp_path / "asked", "float32").logits(tokens), asked.logits(tokens)) < 2e-3
+    assert kl(load(tmp_path / "left", "float32").logits(tokens), left.logits(tokens)) < 2e-3
 
 
 @needs_native

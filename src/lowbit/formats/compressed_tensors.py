@@ -10,7 +10,7 @@ code 0 1 2 ...  at 4 bits:   word 0 = c0 | c1 << 4 | c2 << 8 ...   3 bits: c10 s
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,13 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
     """The inverse of pack_bits: int32 (rows, words) -> signed codes (rows, n) int8."""
+    if 8 % bits == 0:  # whole codes in every byte
+        data = packed.contiguous().view(torch.uint8)
+        codes = torch.empty(*data.shape, 8 // bits, dtype=torch.uint8)
+        for i in range(8 // bits):
+            codes[..., i] = (data >> (bits * i)) & (2**bits - 1)
+        codes -= 2 ** (bits - 1)
+        return codes.view(torch.int8).flatten(1)[:, :n].contiguous()
     stream = np.unpackbits(packed.contiguous().numpy().view(np.uint8), axis=1, bitorder="little")
     fields = stream[:, : n * bits].reshape(len(stream), n, bits)
     unsigned = np.packbits(fields, axis=-1, bitorder="little")[..., 0]
@@ -107,13 +114,14 @@ def quantization_config(schemes: Mapping[str, Scheme]) -> dict[str, Any]:
         if scheme.weight is not None:
             groups.setdefault(scheme, []).append(name)
     formats = {format_of(s) for s in groups}
+    plain = len(groups) == 1 and all(re.search(r"\.\d+\.", n) for n in next(iter(groups.values())))  # only in blocks
     return {
         "quant_method": "compressed-tensors",
         "format": formats.pop() if len(formats) == 1 else "mixed-precision",
         "quantization_status": "compressed",
         "config_groups": {
             f"group_{i}": {
-                "targets": ["Linear"] if len(groups) == 1 else names,
+                "targets": ["Linear"] if plain else names,
                 "weights": _weight_args(scheme.weight),
                 "input_activations": _activation_args(scheme.activation),
                 "output_activations": None,
@@ -160,8 +168,10 @@ def _activation_args(scheme: TensorScheme | None) -> dict[str, Any] | None:
     }
 
 
-def read_schemes(config: Mapping[str, Any], linears: Iterable[str]) -> dict[str, Scheme]:
-    """The scheme of each linear (by full name) that `quantization_config` quantizes.
+def read_schemes(
+    config: Mapping[str, Any], linears: Collection[str], embeddings: Collection[str] = ()
+) -> dict[str, Scheme]:
+    """The scheme of each linear and embedding (by full name) that `quantization_config` quantizes.
 
     Raises InputError for what lowbit cannot read yet, naming it.
     """
@@ -172,11 +182,12 @@ def read_schemes(config: Mapping[str, Any], linears: Iterable[str]) -> dict[str,
     groups = [(g["targets"], _scheme(g)) for g in config.get("config_groups", {}).values()]
     ignore = config.get("ignore") or []
     result = {}
-    for name in linears:
+    for name in (*linears, *embeddings):
+        kind = "Linear" if name in linears else "Embedding"
         if any(_targets(pattern, name) for pattern in ignore):
             continue
         for targets, scheme in groups:
-            if "Linear" in targets or any(_targets(t, name) for t in targets):
+            if kind in targets or any(_targets(t, name) for t in targets):
                 result[name] = scheme
     return result
 

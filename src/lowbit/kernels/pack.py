@@ -128,8 +128,7 @@ def pack_int(
         raise ValueError(f"{groups} scales a row do not divide {cols} columns evenly")
     signed = zero_point is None or codes.dtype == torch.int8
     offset = 1 << (bits - 1) if signed else 0
-    unsigned = codes.to(torch.int16) + offset
-    if int(unsigned.min()) < 0 or int(unsigned.max()) >= 1 << bits:
+    if int(codes.min()) + offset < 0 or int(codes.max()) + offset >= 1 << bits:
         raise ValueError(f"codes do not fit {bits} bits")
     zeros = None
     if zero_point is not None:
@@ -137,7 +136,7 @@ def pack_int(
         if int(shifted.min()) < 0 or int(shifted.max()) > 255:
             raise ValueError("zero points do not fit a byte")
         zeros = _side(shifted.to(torch.uint8))
-    data = unsigned.to(torch.uint8).contiguous()
+    data = (codes.to(torch.uint8) + offset).contiguous()  # bytes wrap around: -1 is 255, and 255 + 8 is 7
     if native is None:
         out = reference.pack_codes(data, bits, offset)
     else:

@@ -84,6 +84,16 @@ class Checkpoint:
                 )
         return tensor
 
+    def mapped(self, name: str) -> Tensor:
+        """One tensor as a view of its file: pages come into memory when they are read. Not to be written to."""
+        info = self.tensors[name]
+        try:
+            with safe_open(self.path / info.shard, framework="pt") as shard:
+                tensor: Tensor = shard.get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise InputError(f"{self.path / info.shard}: cannot read tensor {name!r}: {error}.") from error
+        return tensor
+
     def check_finite(self) -> None:
         """Read every float tensor once. Raises InputError naming the first that has NaN or infinite values."""
         for name, info in self.tensors.items():

@@ -110,8 +110,9 @@ class Source:
 
 def open_source(model: nn.Module, checkpoint: Checkpoint) -> Source:
     config = checkpoint.quantization
-    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    return Source(checkpoint, read_schemes(config, names) if config else {})
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
+    embeddings = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
+    return Source(checkpoint, read_schemes(config, linears, embeddings) if config else {})
 
 
 def materialize(model: nn.Module, name: str, source: Source, dtype: torch.dtype) -> nn.Module:

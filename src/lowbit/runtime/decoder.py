@@ -77,7 +77,8 @@ class Decoder:
         weight: module path ("model.layers.0.self_attn.q_proj") -> packed weight, bias included.
         tensor: tensor name ("model.norm.weight") -> tensor.
         kv: cache type, one of `KV_TYPES`. kv_tokens: cache size. act_group: columns per int8 activation scale
-            (0: per token, -1: float activations).
+            (0: per token, -1: float activations). embedding_scale: float32 (vocabulary,) where the embedding comes as
+            bytes (code + 128).
     """
 
     def __init__(
@@ -92,6 +93,7 @@ class Decoder:
         max_tokens: int = 512,
         max_position: int | None = None,
         act_group: int = 32,
+        embedding_scale: Tensor | None = None,
         isa: str | None = None,
     ) -> None:
         if pack.native is None:
@@ -128,10 +130,12 @@ class Decoder:
             return w.handle()
 
         embedding = tensor("model.embed_tokens.weight")
-        if embedding.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        if embedding_scale is not None:
+            c.embedding_scale = self._hold(embedding_scale.float())
+        elif embedding.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             embedding = embedding.float()
         c.embedding = self._hold(embedding)
-        c.embedding_type = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}[embedding.dtype]
+        c.embedding_type = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2, torch.uint8: 3}[embedding.dtype]
         c.final_norm, c.head = norm("model.norm.weight"), linear("lm_head")
         types = getattr(config, "layer_types", None) or [None] * config.num_hidden_layers
         window = getattr(config, "sliding_window", None) or 0

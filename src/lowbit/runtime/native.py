@@ -1,7 +1,8 @@
 """The engine for speed: lowbit's own decoder and kernels (runtime/decoder.py, kernels/), one native call a step.
 
-Activations of an a16 scheme are rounded to int8 in groups of 32 columns on their way into an integer product; that is
-part of what `evaluate` measures. A w8a8 scheme uses one scale per token, as it says.
+Activations of an a16 scheme are rounded to int8 in groups of 32 columns on their way into an integer product, and an
+unquantized head of a quantized model to int8 weights, one scale a row: both are part of what `evaluate` measures. A
+w8a8 scheme uses one scale per token, as it says. The embedding stays in its file; pages come when rows are read.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,16 +11,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.algorithms.rtn import rtn
 from lowbit.kernels import pack
 from lowbit.kernels.pack import PackedWeight
 from lowbit.model.load import Source
 from lowbit.runtime.base import Engine
 from lowbit.runtime.decoder import FAMILIES, Decoder
-from lowbit.scheme import Scheme
+from lowbit.scheme import Scheme, TensorScheme
 
 _CHUNK = 512  # prompt tokens a call
 _CACHE_TOKENS = 2048  # the least the cache is made for
 _BITS = (2, 3, 4, 8)
+_EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
+_ROW_INT8 = TensorScheme("int", 8, "channel")
 
 
 def why_not(config: Any, schemes: Mapping[str, Scheme]) -> str | None:
@@ -28,8 +32,10 @@ def why_not(config: Any, schemes: Mapping[str, Scheme]) -> str | None:
         return "lowbit was installed without its compiled kernels (no C++ compiler was found)"
     if config.model_type not in FAMILIES:
         return f"the native decoder does not know model_type {config.model_type!r}"
-    for scheme in schemes.values():
+    for name, scheme in schemes.items():
         weight = scheme.weight
+        if name == _EMBEDDING and (weight != _ROW_INT8 or config.hidden_size % 4):
+            return f"the native decoder reads embeddings in w8a16-channel, not {scheme}"
         if weight is None or weight.kind != "int" or weight.bits not in _BITS:
             return f"there is no native kernel for {scheme}"
         if weight.granularity == "group" and weight.group_size % 32:
@@ -54,17 +60,24 @@ class NativeEngine(Engine):
         self._cache_tokens = 0
         self._decoder = self._make(min(_CACHE_TOKENS, self.context_length))
         activations = "int8 activations" if self._quantized else "bfloat16"
-        self.runtime = f"lowbit, {pack.native.isa()}, {activations}"
+        head = ", int8 head" if self._rounds_head else ""
+        self.runtime = f"lowbit, {pack.native.isa()}, {activations}{head}"
         self.kernels = {f"native int{bits}": n for bits, n in self._quantized.items()}
-        embedding = self._tensors["model.embed_tokens.weight"]
-        rest = sum(t.nbytes for name, t in self._tensors.items() if name != "model.embed_tokens.weight")
+        embedding = self._tensors[f"{_EMBEDDING}.weight"]
+        rest = sum(t.nbytes for name, t in self._tensors.items() if name != f"{_EMBEDDING}.weight")
         self.weight_bytes_per_token = self._decoder.weight_bytes + rest + embedding.nbytes // len(embedding)
         self.weight_bytes = self._decoder.weight_bytes + rest + embedding.nbytes
 
+    @property
+    def _rounds_head(self) -> bool:
+        """In a quantized model a head that was left alone would be a large part of what a token reads."""
+        return bool(self._source.schemes) and _HEAD not in self._source.schemes
+
     def _make(self, cache_tokens: int) -> Decoder:
         self._cache_tokens = cache_tokens
+        scale = self._tensor(f"{_EMBEDDING}.weight_scale").flatten() if _EMBEDDING in self._source.schemes else None
         return Decoder(
-            self.config, self._weight, self._tensor, kv_tokens=cache_tokens, max_tokens=_CHUNK,
+            self.config, self._weight, self._tensor, embedding_scale=scale, kv_tokens=cache_tokens, max_tokens=_CHUNK,
             max_position=min(cache_tokens, self.context_length), act_group=self._act_group,
         )  # fmt: skip
 
@@ -79,10 +92,11 @@ class NativeEngine(Engine):
     def _weight(self, name: str) -> PackedWeight:
         """A linear in the kernels' layout, packed once."""
         if name not in self._packed:
-            stored = self._source.checkpoint.tensors
-            bias = self._source.checkpoint.get(f"{name}.bias") if f"{name}.bias" in stored else None
-            quantized = self._source.linear(name)
-            if quantized is not None:
+            checkpoint, quantized = self._source.checkpoint, self._source.linear(name)
+            bias = checkpoint.get(f"{name}.bias") if f"{name}.bias" in checkpoint.tensors else None
+            if quantized is None:
+                self._packed[name] = self._pack_unquantized(name, bias)
+            else:
                 scale, zero = quantized.scale, quantized.zero_point
                 if quantized.scheme.granularity == "tensor":
                     rows = len(quantized.codes)
@@ -90,15 +104,27 @@ class NativeEngine(Engine):
                 self._packed[name] = pack.pack_int(
                     quantized.codes, scale, zero, bits=quantized.scheme.bits, bias=bias, act_group=self._act_group
                 )
-            else:
-                tied = f"{name}.weight" not in stored  # only the head may share the embedding's weight
-                weight = self._source.checkpoint.get("model.embed_tokens.weight" if tied else f"{name}.weight")
-                self._packed[name] = pack.pack_bf16(weight, bias=bias)
         return self._packed[name]
+
+    def _pack_unquantized(self, name: str, bias: Tensor | None) -> PackedWeight:
+        """A linear that is stored as it was: bf16, but the head of a quantized model becomes int8, row by row."""
+        tied = f"{name}.weight" not in self._source.checkpoint.tensors  # only the head may share the embedding's weight
+        weight = self._source.checkpoint.mapped(f"{_EMBEDDING if tied else name}.weight")
+        if name != _HEAD or not self._rounds_head:
+            return pack.pack_bf16(weight, bias=bias)
+        parts = [rtn(rows.float(), _ROW_INT8, torch.float32) for rows in weight.split(2048)]
+        codes, scale = torch.cat([p.codes for p in parts]), torch.cat([p.scale for p in parts])
+        return pack.pack_int(codes, scale, bits=8, bias=bias, act_group=self._act_group)
 
     def _tensor(self, name: str) -> Tensor:
         if name not in self._tensors:
-            self._tensors[name] = self._source.checkpoint.get(name)
+            checkpoint = self._source.checkpoint
+            if name != f"{_EMBEDDING}.weight":
+                self._tensors[name] = checkpoint.get(name)
+            elif _EMBEDDING in self._source.schemes:  # 8-bit codes fill their words: the bytes are the rows
+                self._tensors[name] = checkpoint.mapped(f"{_EMBEDDING}.weight_packed").view(torch.uint8)
+            else:
+                self._tensors[name] = checkpoint.mapped(name)
         return self._tensors[name]
 
     def _reserve(self, sequences: int, tokens: int) -> None:

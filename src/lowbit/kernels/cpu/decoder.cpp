@@ -265,12 +265,14 @@ void Decoder::forward(const int32_t* tokens, int n, const Sequence* seqs, int n_
       for (int h = 0; h < g.kv_heads; ++h) items_.push_back({s, t, std::min(step, seqs[s].len - t), h});
   }
   const Call c{n, seqs, n_seqs, tables, table_stride, seq_of.data()};
-  const size_t esize = g.embedding_type == 0 ? 4 : 2;
+  const size_t esize = g.embedding_type == 0 ? 4 : g.embedding_type == 3 ? 1 : 2;
+  const float* escale = f32(g.embedding_scale);
   const int n_rows = (int)rows.size();
   pool_.run([&](int thread) {
     each(thread, n, 1, [&](int t) {
       k_->rows_to_float(reinterpret_cast<const uint8_t*>(g.embedding) + (size_t)tokens[t] * g.hidden * esize,
-                        g.embedding_type, x_ + (size_t)t * g.hidden, g.hidden, g.embed_scale);
+                        g.embedding_type, x_ + (size_t)t * g.hidden, g.hidden,
+                        escale ? escale[tokens[t]] * g.embed_scale : g.embed_scale);
     });
     for (const Layer& l : cfg_.layers) layer(thread, l, c);
     if (!logits && !next) return;

@@ -36,7 +36,8 @@ struct Config {
   int act_group = 0;              // columns per int8 activation scale; 0: a whole token; -1: float activations
   float eps = 1e-5f, embed_scale = 1.f, attn_scale = 0.f, attn_softcap = 0.f, logit_softcap = 0.f;
   uintptr_t embedding = 0;        // vocab x hidden
-  int embedding_type = 1;         // 0 float, 1 bf16, 2 fp16
+  int embedding_type = 1;         // 0 float, 1 bf16, 2 fp16, 3 bytes (code + 128)
+  uintptr_t embedding_scale = 0;  // type 3: float of each row
   uintptr_t final_norm = 0;
   Weight head;
   int kv_type = 0, kv_block = 32, kv_blocks = 0;

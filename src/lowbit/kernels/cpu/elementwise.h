@@ -147,6 +147,11 @@ void hadamard(float* x, int n, float scale) {
 
 void rows_to_float(const void* src, int type, float* dst, int n, float scale) {
   int i = 0;
+  if (type == 3) {
+    const uint8_t* codes = (const uint8_t*)src;
+    for (; i < n; ++i) dst[i] = (float)((int)codes[i] - 128) * scale;
+    return;
+  }
   for (; i + 16 <= n; i += 16) {
     F16 v = type == 0 ? load<F16>((const float*)src + i)
             : type == 1 ? load_bf16((const uint16_t*)src + i) : load_half((const uint16_t*)src + i);

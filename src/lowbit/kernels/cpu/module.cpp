@@ -135,7 +135,7 @@ static void bind_decoder(nb::module_& m) {
     nb::class_<T>(m, "Config").def(nb::init<>()) FIELD(hidden) FIELD(inner) FIELD(heads) FIELD(kv_heads) FIELD(head_dim)
         FIELD(rotary) FIELD(vocab) FIELD(max_tokens) FIELD(max_position) FIELD(activation) FIELD(act_group) FIELD(eps)
             FIELD(embed_scale) FIELD(attn_scale) FIELD(attn_softcap) FIELD(logit_softcap) FIELD(embedding)
-                FIELD(embedding_type) FIELD(final_norm) FIELD(head) FIELD(kv_type) FIELD(kv_block) FIELD(kv_blocks)
+                FIELD(embedding_type) FIELD(embedding_scale) FIELD(final_norm) FIELD(head) FIELD(kv_type) FIELD(kv_block) FIELD(kv_blocks)
                     FIELD(layers);
   }
 #undef FIELD
