@@ -44,6 +44,13 @@ constexpr int kGemvRows = 2, kTileRows = 2, kTilePanels = 1;
 constexpr int kGemvRows = 4, kTileRows = 4, kTilePanels = 1;
 #endif
 
+// Whether dot4 takes any byte as the weight at no extra cost.
+#if defined(__AVX512VNNI__)
+constexpr bool kWideDot = true;
+#else
+constexpr bool kWideDot = false;
+#endif
+
 template <class V>
 LB_INLINE V load(const void* p) {
   V v;
