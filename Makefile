@@ -1,12 +1,13 @@
 # make demo: set up, quantize the small model that comes along in four ways, measure, recommend.
 # make test: set up, check style, types and import directions, run the tests.
+# make sanitize: the kernels' tests under the sanitizers.
 # Nothing but Python 3.11+ is needed beforehand; everything goes into .venv.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check install install-dev clean
+.PHONY: demo test check sanitize install install-dev clean
 
 demo: install
 	$(BIN)/lowbit tune demo --output demo-output --force
@@ -19,6 +20,16 @@ check: install-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The kernels' tests with the address and undefined-behaviour sanitizers compiled in (Linux, gcc).
+sanitize: install-dev
+	rm -rf build/sanitize && mkdir -p build/sanitize && cp -r src build/sanitize/src && rm -f build/sanitize/src/lowbit/kernels/*.so
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt nanobind cmake ninja
+	$(BIN)/cmake -S . -B build/sanitize/cmake -G Ninja -DLOWBIT_SANITIZE=ON -DPython_EXECUTABLE=$(abspath $(BIN)/python) \
+	    -Dnanobind_DIR=$$($(BIN)/python -m nanobind --cmake_dir)
+	$(BIN)/cmake --build build/sanitize/cmake && cp build/sanitize/cmake/_cpu*.so build/sanitize/src/lowbit/kernels/
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	    PYTHONPATH=build/sanitize/src $(BIN)/python -m pytest tests/kernels tests/runtime/test_native_decoder.py
 
 install: $(VENV)/.installed
 
