@@ -3,16 +3,22 @@
 Best of many short runs: on a shared machine that is what the code can do when left alone.
 
     python benchmarks/kernel_rates.py --threads 2 --rows 65536
+    python benchmarks/kernel_rates.py --json benchmarks/results/kernels.json && python benchmarks/roofline.py
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import subprocess
 import time
+from datetime import UTC, datetime
+from pathlib import Path
 
 import torch
 from decoder_1b import random_weight, read_bandwidth
 
+from lowbit.environment import environment
 from lowbit.kernels import ops, pack
 
 # name, bits, group, activation group
@@ -26,6 +32,7 @@ def main() -> None:
     p.add_argument("--threads", type=int, default=0)
     p.add_argument("--rows", type=int, default=1024, help="65536 leaves every cache, 1024 measures arithmetic")
     p.add_argument("--cols", type=int, default=2048)
+    p.add_argument("--json", type=Path)
     a = p.parse_args()
     if a.threads:
         pack.native.set_threads(a.threads)
@@ -35,6 +42,7 @@ def main() -> None:
         f"{pack.native.isa()}, {pack.native.threads()} threads: "
         f"read {read / 1e9:.1f} GB/s, int8 {peak / 1e12:.3f} TOP/s"
     )
+    rates = []
     for name, bits, group, act_group in CASES:
         w, cells = random_weight(a.rows, a.cols, bits, group, act_group), []
         for m in (1, 2, 4, 8, 128):
@@ -43,11 +51,25 @@ def main() -> None:
                 start = time.perf_counter()
                 ops.native_linear(w, x, act_group)
                 best = min(best, time.perf_counter() - start)
+            rates.append({"case": name, "rows": m, "seconds": best, "bytes": w.nbytes, "ops": 2 * m * a.rows * a.cols})
             rate, work = w.nbytes / best, 2 * m * a.rows * a.cols / best
             cells.append(
                 f"m={m}: {rate / 1e9:.1f} GB/s ({rate / read:.2f}), {work / 1e12:.3f} TOP/s ({work / peak:.2f})"
             )
         print(f"{name:15s}", "; ".join(cells), flush=True)
+    if a.json:
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        document = {
+            "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            "commit": commit.stdout.strip(),
+            "environment": environment(),
+            "isa": pack.native.isa(),
+            "shape": [a.rows, a.cols],
+            "read_bytes_per_s": read,
+            "int8_ops_per_s": peak,
+            "rates": rates,
+        }
+        a.json.write_text(json.dumps(document, indent=1) + "\n")
 
 
 if __name__ == "__main__":
