@@ -117,7 +117,7 @@ def join_kernel(parts, tops, sums, out, splits, DIM: tl.constexpr, BD: tl.conste
     row, s, d = tl.program_id(0), tl.arange(0, BS), tl.arange(0, BD)
     top = tl.load(tops + row * splits + s, mask=s < splits, other=float("-inf"))
     highest = tl.max(top, 0)
-    weight = tl.where(top == float("-inf"), 0.0, tl.exp2(top - highest))
+    weight = tl.exp2(top - tl.where(highest == float("-inf"), 0.0, highest))
     total = tl.sum(weight * tl.load(sums + row * splits + s, mask=s < splits, other=0.0), 0)
     inside = (s < splits)[:, None] & (d < DIM)[None, :]
     part = tl.load(parts + (row * splits + s)[:, None] * DIM + d[None, :], mask=inside, other=0.0)

@@ -10,7 +10,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from lowbit.kernels import ops
 from lowbit.kernels.triton import available, twins
 from lowbit.kernels.triton.layout import TiledWeight
 
@@ -79,11 +78,6 @@ def _quantize_cuda(
 
     codes, scales = activations.quantize(x, weight, eps, group, dtype)
     return codes, scales
-
-
-@ops.rms_norm_quantize.register_kernel("cuda")
-def _rms_norm_quantize_cuda(x: Tensor, weight: Tensor | None, eps: float, group: int) -> tuple[Tensor, Tensor]:
-    return _quantize_cuda(x, weight, eps, group, torch.int8)
 
 
 @torch.library.custom_op("lowbit::gpu_scaled_linear", mutates_args=())

@@ -68,6 +68,8 @@ def fp8_linear(
 def store(k: Tensor, v: Tensor, cache: tuple[Tensor, Tensor, Tensor, Tensor], slots: Tensor) -> None:
     """k and v (tokens, kv_heads, dim) into the cache, in place; negative slots store nothing."""
     page, kept = cache[0].shape[2], slots >= 0
+    if not kept.any():
+        return
     number, place = slots[kept] // page, slots[kept] % page
     for x, codes, scales in ((k, cache[0], cache[2]), (v, cache[1], cache[3])):
         tokens, heads, dim = x[kept].shape
