@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+
+# Where there is no GPU, Triton's kernels run in its interpreter; decided before anything (transformers) imports Triton.
+os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
+
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 

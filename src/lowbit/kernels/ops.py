@@ -114,6 +114,14 @@ def _(x: Tensor, weight: Tensor | None, eps: float, group: int) -> tuple[Tensor,
     return x.new_empty((m, n), dtype=torch.int8), x.new_empty((m, groups), dtype=torch.float32)
 
 
+@rms_norm_quantize.register_kernel("cuda")
+def _rms_norm_quantize_cuda(x: Tensor, weight: Tensor | None, eps: float, group: int) -> tuple[Tensor, Tensor]:
+    from lowbit.kernels.triton import ops as gpu  # which imports Triton if it is there and x can use it
+
+    codes, scales = gpu.quantize(x, weight, eps, group, torch.int8)
+    return codes, scales
+
+
 def _rms_norm_quantize_cpu(x: Tensor, weight: Tensor | None, eps: float, group: int) -> tuple[Tensor, Tensor]:
     return native_norm_quantize(x, weight, eps, group)
 

@@ -79,7 +79,7 @@ def fold_of(cols: int, group: int, most: int = MAX_FOLD) -> int:
     raise ValueError(f"the CPU kernels need a group size that is a multiple of 32, got {group}")
 
 
-def _narrow(scale: Tensor) -> Tensor:
+def narrow(scale: Tensor) -> Tensor:
     """The smallest float type that holds every scale exactly."""
     scale = scale.float()
     for dtype in (torch.bfloat16, torch.float16):
@@ -143,7 +143,7 @@ def pack_int(
         out = _empty(INT, bits, rows, cols)
         native.pack_int(data.data_ptr(), bits, rows, cols, offset, out.data_ptr())
     fold = fold_of(cols, group, act_group if act_group > 0 else MAX_FOLD)
-    scales = _side(_narrow(scale.reshape(rows, groups)))
+    scales = _side(narrow(scale.reshape(rows, groups)))
     return PackedWeight(INT, bits, rows, cols, group, fold, offset, out, scales, zeros, None, _bias(bias))
 
 

@@ -197,7 +197,8 @@ def attention(
     scores = torch.einsum("qhd,khd->hqk", q.double(), k) * scale
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap
-    at, to = first + torch.arange(tokens)[:, None], torch.arange(total)[None]
+    at = first + torch.arange(tokens, device=q.device)[:, None]
+    to = torch.arange(total, device=q.device)[None]
     hidden = to > at
     if window:
         hidden |= to <= at - window
