@@ -116,7 +116,9 @@ def test_an_answer_is_a_cached_prefix_of_the_next_turn(engine: Engine) -> None:
 @pytest.mark.parametrize("reuse", [True, False])
 def test_a_cache_too_small_for_all_pushes_out_and_comes_back(engine: Engine, reuse: bool) -> None:
     """Six sequences that grow beyond a cache of seven blocks: some start again, all answer as alone."""
-    todo = [([i + 3] * 60, replace(s, max_new_tokens=60, stop=(), ignore_eos=True)) for i, s in enumerate(KINDS[:3] * 2)]
+    todo = [
+        ([i + 3] * 60, replace(s, max_new_tokens=60, stop=(), ignore_eos=True)) for i, s in enumerate(KINDS[:3] * 2)
+    ]
     expected = [alone(engine, p, s) for p, s in todo]
     scheduler = Scheduler(engine, cache_tokens=7 * 32, reuse=reuse)
     numbers = [scheduler.submit(p, s) for p, s in todo]

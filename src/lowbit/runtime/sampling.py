@@ -115,6 +115,11 @@ class Choice:
     top: tuple[tuple[int, float], ...] = ()
 
 
+def fresh_seed() -> int:
+    """A seed from the operating system, for one who wants to know which."""
+    return int(np.random.SeedSequence().generate_state(1)[0])
+
+
 def new_rng(seed: int | None) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(seed))
 
