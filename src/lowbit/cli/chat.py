@@ -107,7 +107,7 @@ class Talk:
         self.out.write("\n")
         self.out.flush()
         answer = "".join(pieces)
-        if self.template:
+        if self.template and answer:
             self.messages += [{"role": "user", "content": text}, {"role": "assistant", "content": answer}]
         self.turns.append({
             "prompt": text, "answer": answer, "finish": finish, "prompt_tokens": len(tokens),

@@ -47,6 +47,7 @@ class Engine(ABC):
         """Greedy continuation of equally long prompts (batch, tokens): one (batch,) of token ids at a time.
 
         No early stop. The first item is there when the prompt has been read; each next one costs one step.
+        Nothing else may run on the engine until the stream is used up or dropped.
         Raises InputError if prompt and answer do not fit the context, the prompt is empty or has unknown tokens.
         """
         self._held = []

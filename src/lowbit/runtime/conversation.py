@@ -50,7 +50,8 @@ def end_tokens(checkpoint: Checkpoint, tokenizer: Any) -> tuple[int, ...]:
         generation = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
     except (OSError, ValueError) as error:
         raise InputError(f"{file}: not readable as JSON ({error}).") from error
-    found: set[int] = set()
-    for value in (generation.get("eos_token_id"), checkpoint.config.get("eos_token_id"), tokenizer.eos_token_id):
-        found |= set(value) if isinstance(value, list) else set() if value is None else {value}
-    return tuple(sorted(found))
+    found: list[Any] = [tokenizer.eos_token_id]
+    for words in (generation, checkpoint.config):
+        value = words.get("eos_token_id") if isinstance(words, dict) else None
+        found += value if isinstance(value, list) else [value]
+    return tuple(sorted({t for t in found if isinstance(t, int)}))

@@ -132,14 +132,12 @@ class NativeEngine(Engine):
 
     def _compute(self, tokens: list[int], start: int, rows: int, logits: bool) -> tuple[Tensor | None, list[int]]:
         table = self._decoder.linear_table(1)
-        ids = torch.tensor(tokens, dtype=torch.int32)
-        last = len(tokens) - rows if rows > 1 else start + (len(tokens) - start - 1) // _CHUNK * _CHUNK
-        if last > start:
-            self._prefill(ids[start:last], table, start)
-        length = len(tokens) - last
-        out, best = self._decoder.forward(
-            ids[last:], [(length, last, length == 1)], table, every=rows > 1, logits=logits
-        )
+        ids = torch.tensor(tokens[start:], dtype=torch.int32)
+        head = len(ids) - rows if rows > 1 else (len(ids) - 1) // _CHUNK * _CHUNK  # read before the rows asked for
+        if head:
+            self._prefill(ids[:head], table, start)
+        tail = [(len(ids) - head, start + head, len(ids) - head == 1)]
+        out, best = self._decoder.forward(ids[head:], tail, table, every=rows > 1, logits=logits)
         return out, best.tolist()
 
     def logits(self, tokens: Tensor) -> Tensor:
