@@ -11,6 +11,7 @@ import torch
 import lowbit
 from lowbit.errors import InputError
 from lowbit.kernels.pack import native
+from lowbit.pipeline import quantize
 from lowbit.runtime.answer import Output
 from lowbit.runtime.base import Engine
 from lowbit.runtime.sampling import SamplingParams
@@ -78,6 +79,34 @@ def test_random_arrivals_answer_as_one_by_one(engine: Engine, options: dict[str,
     assert {o[-1].finish for o in expected} == {"length", "stop"}  # both ends are met
     assert scheduler.stats.blocks_used == 0
     assert scheduler.stats.generated_tokens == sum(map(len, expected))
+
+
+@pytest.mark.parametrize("scheme", ["w4a16-g32", "w3a16-g64-asym", "w2a16-channel", "w8a8"])
+def test_quantized_kernels_are_batch_invariant_too(scheme: str, tiny: Path, tmp_path: Path) -> None:
+    quantize(tiny, tmp_path / "q", scheme=scheme, method="rtn")
+    engine = lowbit.load(tmp_path / "q")
+    todo = requests(10, seed=2)
+    scheduler = Scheduler(engine, cache_tokens=16 * 32, step_tokens=100)
+    numbers = [scheduler.submit(p, s) for p, s in todo]
+    answers = drain(scheduler)
+    for number, (prompt, params) in zip(numbers, todo, strict=True):
+        plain = alone(engine, prompt, params)
+        assert answers[number] == plain
+        assert list(engine.outputs(prompt, params, prompt_lookup=5)) == plain
+
+
+@pytest.mark.model
+def test_the_demo_model_answers_many_as_one() -> None:
+    demo = lowbit.load("demo")
+    texts = ["import os\n", "def add(a, b):\n", "class Stack:\n", "import os\n\ndef path(", '"""A module'] * 3
+    kinds = [replace(KINDS[i % 4], seed=i, max_new_tokens=30 + 2 * i) for i in range(len(texts))]
+    scheduler = Scheduler(demo, cache_tokens=1024)
+    numbers = [scheduler.submit(t, k) for t, k in zip(texts, kinds, strict=True)]
+    answers = drain(scheduler)
+    for number, text, params in zip(numbers, texts, kinds, strict=True):
+        assert answers[number] == list(demo.outputs(text, params))
+        assert "".join(o.text for o in answers[number]) == demo.generate(text, params)
+    assert scheduler.stats.steps < sum(map(len, answers.values())) / 5
 
 
 def test_a_step_mixes_answers_and_pieces_of_prompts(engine: Engine) -> None:
