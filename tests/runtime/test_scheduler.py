@@ -122,10 +122,13 @@ def test_a_cached_prefix_changes_nothing_but_the_work(engine: Engine) -> None:
     (prompt, _), params = requests(1, seed=5)[0], KINDS[1]
     prompt = [9] * 64 + prompt
     scheduler = Scheduler(engine, cache_tokens=1024)
-    answers = []
+    answers, cached = [], []
     for _ in range(3):
         scheduler.submit(prompt, params)
-        answers.append(*drain(scheduler).values())
+        first = next(events for _ in range(9) if (events := scheduler.step()))
+        cached.append(first[0].cached_tokens)
+        answers.append([first[0].output, *next(iter(drain(scheduler).values()))])
+    assert cached == [0] + [(len(prompt) - 1) // 32 * 32] * 2
     assert answers[0] == answers[1] == answers[2] == alone(engine, prompt, params)
     stats = scheduler.stats
     assert stats.prefix_hit_tokens == 2 * ((len(prompt) - 1) // 32 * 32)
@@ -238,3 +241,5 @@ def test_the_scheduler_needs_the_native_decoder(tiny: Path, engine: Engine) -> N
         Scheduler(lowbit.load(tiny, "float32"))
     with pytest.raises(InputError, match="max_running is 0"):
         Scheduler(engine, max_running=0)
+    with pytest.raises(InputError, match="memory does not hold a key-value cache of 1099511627776 tokens"):
+        Scheduler(engine, cache_tokens=2**40)

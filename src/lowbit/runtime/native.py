@@ -20,6 +20,7 @@ from lowbit.scheme import Scheme
 
 _CHUNK = 512  # prompt tokens a call
 _CACHE_TOKENS = 2048  # the least the cache is made for
+_MOST_CACHE_TOKENS = 2**31 - 32  # the core counts them in 32 bits
 _BITS = (2, 3, 4, 8)
 
 
@@ -71,6 +72,8 @@ class NativeEngine(Engine):
         Raises InputError if memory does not hold the cache.
         """
         try:
+            if cache_tokens > _MOST_CACHE_TOKENS:
+                raise MemoryError
             return Decoder(
                 self.config, self._weight, self._tensor, kv_tokens=cache_tokens, max_tokens=_CHUNK,
                 max_position=min(cache_tokens, self.context_length), act_group=self._act_group,
@@ -79,7 +82,7 @@ class NativeEngine(Engine):
             if "memory" not in str(error) and not isinstance(error, MemoryError):
                 raise
             raise InputError(
-                f"memory does not hold the key-value cache of {cache_tokens} tokens: ask for fewer tokens or sequences."
+                f"memory does not hold a key-value cache of {cache_tokens} tokens: ask for fewer tokens or sequences."
             ) from error
 
     def _resize(self, cache_tokens: int) -> Decoder:

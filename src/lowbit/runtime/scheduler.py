@@ -10,6 +10,8 @@ its blocks back and waits at the head of the queue; its tokens are computed agai
 are the same bits whatever they are computed beside, its answer is the one it would have had (Kwon et al. 2023, 4.5).
 The oldest is never pushed out, so every step makes progress.
 
+(All of that is exact with a cache of floats, which the engines use. An int8 cache rounds single tokens differently.)
+
 A plain synchronous object: nothing happens but in `step`, and there is no thread or lock inside.
 """
 
@@ -34,10 +36,14 @@ from lowbit.runtime.sampling import SamplingParams
 
 @dataclass(frozen=True)
 class Event:
-    """A new token of a request. `error` says why a request ended without one (`output` is None then)."""
+    """A new token of a request. `error` says why a request ended without one (`output` is None then).
+
+    `cached_tokens` of the prompt were not computed because an earlier request had left them in the cache.
+    """
 
     request: int
     output: Output | None
+    cached_tokens: int = 0
     error: str | None = None
 
 
@@ -66,6 +72,7 @@ class _Sequence:
     computed: int = 0  # tokens whose keys and values are in the cache
     sealed: int = 0  # blocks named for reuse
     name: bytes = b""  # of the last of them
+    cached: int | None = None  # prompt tokens found in the cache when it first started
 
     @property
     def pending(self) -> int:
@@ -193,6 +200,8 @@ class Scheduler:
         sequence.table[: len(found)] = found
         sequence.owned = sequence.sealed = len(found)
         sequence.computed = len(found) * pool.block_size
+        if sequence.cached is None:
+            sequence.cached = sequence.computed
         sequence.name = pool.name_of(found[-1]) if found else b""
         self._running.append(sequence)
         self._schedule(plan, sequence)
@@ -240,11 +249,11 @@ class Scheduler:
             output = sequence.answer.choose(logits, best)
         except LowbitError as error:
             self._remove(sequence)
-            return Event(sequence.request, None, str(error))
+            return Event(sequence.request, None, error=str(error))
         self._generated += 1
         if output.finish:
             self._remove(sequence)
-        return Event(sequence.request, output)
+        return Event(sequence.request, output, sequence.cached or 0)
 
     def _preempt(self, plan: _Plan, sequence: _Sequence) -> None:
         """Take a running sequence's blocks away; it starts again when there is room, before all others."""
