@@ -130,8 +130,10 @@ def measure_attention(context: int, repeats: int) -> list[dict[str, Any]]:
             q = torch.randn(batch, 32, 128, device="cuda", dtype=torch.bfloat16)
             time = seconds(lambda a=(q, cache, table, lengths): kv.attention(*a, 128**-0.5), repeats)  # type: ignore[misc]
             k, v = torch.randn(2, batch, 8, context, 128, device="cuda", dtype=torch.bfloat16)
-            sdpa = torch.nn.functional.scaled_dot_product_attention
-            bf16 = seconds(lambda a=(q[:, :, None], k, v): sdpa(*a, enable_gqa=True), repeats)  # type: ignore[misc]
+            bf16 = seconds(
+                lambda a=(q[:, :, None], k, v): torch.nn.functional.scaled_dot_product_attention(*a, enable_gqa=True),
+                repeats,
+            )  # type: ignore[misc]
             nbytes = 2 * (codes.numel() + 4 * scales.numel())
             results.append(
                 {

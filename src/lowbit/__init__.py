@@ -16,6 +16,8 @@ _HOME = {  # public name -> the module that defines it
     "bench": "lowbit.speed",
     "tune": "lowbit.tuning",
     "load": "lowbit.runtime.engine",
+    "SamplingParams": "lowbit.runtime.sampling",
+    "Scheduler": "lowbit.runtime.scheduler",
     "verify": "lowbit.inspect",
     "Scheme": "lowbit.scheme",
     "QuantizedTensor": "lowbit.tensor",

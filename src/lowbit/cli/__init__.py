@@ -8,8 +8,8 @@ from typing import NoReturn
 
 import typer
 
+from lowbit.cli import chat, measure, quantize, tune
 from lowbit.cli import inspect as inspection
-from lowbit.cli import measure, quantize, tune
 from lowbit.errors import LowbitError
 
 _INTERRUPTED = 130  # what typer makes of Ctrl-C
@@ -27,6 +27,7 @@ for command in (
     measure.evaluate,
     measure.bench,
     tune.tune,
+    chat.chat,
     inspection.inspect,
     inspection.verify,
     inspection.doctor,
@@ -54,6 +55,7 @@ def main() -> NoReturn:
         sys.exit(error.exit_code)
     except SystemExit as end:
         if end.code == _INTERRUPTED:
-            print("lowbit: interrupted. What is finished is kept; --resume goes on there.", file=sys.stderr)
+            kept = " What is finished is kept; --resume goes on there." if "quantize" in sys.argv[1:2] else ""
+            print(f"lowbit: interrupted.{kept}", file=sys.stderr)
         raise
     sys.exit(0)

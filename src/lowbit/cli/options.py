@@ -35,12 +35,15 @@ def check_runtime(value: str) -> Any:
 
 def finish(command: str, document: dict[str, Any], target: str | None, text: str, seed: int = 0) -> None:
     """Print `text` for the person and write `document` for programs."""
+    print(text, file=sys.stderr if target == "-" else sys.stdout)
+    write_document(command, document, target, seed)
+
+
+def write_document(command: str, document: dict[str, Any], target: str | None, seed: int = 0) -> None:
+    """The JSON document to a file, to stdout for '-', nowhere for None."""
     if target == "-":
-        print(text, file=sys.stderr)
         print(as_json(command, document, seed))
-        return
-    print(text)
-    if target is not None:
+    elif target is not None:
         try:
             Path(target).write_text(as_json(command, document, seed) + "\n", encoding="utf-8")
         except OSError as error:

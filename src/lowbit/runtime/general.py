@@ -19,6 +19,8 @@ class GeneralEngine(Engine):
     without, they are dequantized to `dtype` and only the activations are rounded as the scheme says."""
 
     def __init__(self, net: Any, source: Source, dtype: torch.dtype, *, kernels: bool) -> None:
+        super().__init__()
+        self._cache: DynamicCache | None = None
         self.checkpoint, self.net, self.dtype = source.checkpoint, net, dtype
         self.config = net.config.get_text_config()
         for name, module in linears(net).items():
@@ -62,6 +64,27 @@ class GeneralEngine(Engine):
             token = out.logits[:, -1].argmax(-1)
             yield token
             step = token[:, None]
+
+    def reserve(self, tokens: int) -> None:
+        """Nothing to do: transformers' cache grows as it is used."""
+
+    @torch.inference_mode()
+    def _compute(self, tokens: list[int], start: int, rows: int, logits: bool) -> tuple[Tensor | None, list[int]]:
+        cache = self._rewound(start)
+        ids = torch.tensor([tokens[start if cache is self._cache else 0 :]])
+        out = self.net(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=rows).logits[0].float()
+        self._cache = cache
+        return out if logits else None, out.argmax(-1).tolist()
+
+    def _rewound(self, length: int) -> DynamicCache:
+        """The cache cut to its first `length` tokens, or a new one where it cannot be cut (sliding windows)."""
+        cache = self._cache
+        surplus = 0 if cache is None else cache.get_seq_length() - length
+        if cache is None or length == 0 or surplus < 0 or (surplus and any(cache.is_sliding)):
+            return DynamicCache(config=self.net.config)
+        if surplus:
+            cache.crop(-surplus)
+        return cache
 
     def kv_bytes(self, context: int) -> int:
         c = self.config

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lowbit.algorithms.rtn import rtn
+from lowbit.errors import InputError
 from lowbit.kernels import pack
 from lowbit.kernels.pack import PackedWeight
 from lowbit.model.load import Source
@@ -21,6 +22,7 @@ from lowbit.scheme import Scheme, TensorScheme
 
 _CHUNK = 512  # prompt tokens a call
 _CACHE_TOKENS = 2048  # the least the cache is made for
+_MOST_CACHE_TOKENS = 2**31 - 32  # the core counts them in 32 bits
 _BITS = (2, 3, 4, 8)
 _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 _ROW_INT8 = TensorScheme("int", 8, "channel")
@@ -48,17 +50,20 @@ def why_not(config: Any, schemes: Mapping[str, Scheme]) -> str | None:
 class NativeEngine(Engine):
     """Raises ValueError where `why_not` gives a reason."""
 
+    batch_invariant = True
+
     def __init__(self, config: Any, source: Source) -> None:
         reason = why_not(config, source.schemes)
         if reason is not None:
             raise ValueError(reason)
+        super().__init__()
         self.checkpoint, self.config, self._source = source.checkpoint, config, source
         whole_token = any(s.activation is not None for s in source.schemes.values())
         self._act_group = 0 if whole_token else 32
         self._packed: dict[str, PackedWeight] = {}
         self._tensors: dict[str, Tensor] = {}
         self._cache_tokens = 0
-        self._decoder = self._make(min(_CACHE_TOKENS, self.context_length))
+        self._decoder = self._resize(min(_CACHE_TOKENS, self.context_length))
         activations = "int8 activations" if self._quantized else "bfloat16"
         head = ", int8 head" if self._rounds_head else ""
         self.runtime = f"lowbit, {pack.native.isa()}, {activations}{head}"
@@ -73,13 +78,29 @@ class NativeEngine(Engine):
         """In a quantized model a head that was left alone would be a large part of what a token reads."""
         return bool(self._source.schemes) and _HEAD not in self._source.schemes
 
-    def _make(self, cache_tokens: int) -> Decoder:
-        self._cache_tokens = cache_tokens
+    def make_decoder(self, cache_tokens: int) -> Decoder:
+        """A decoder over this engine's weights with a cache of its own, of so many tokens.
+
+        Raises InputError if memory does not hold the cache.
+        """
         scale = self._tensor(f"{_EMBEDDING}.weight_scale").flatten() if _EMBEDDING in self._source.schemes else None
-        return Decoder(
-            self.config, self._weight, self._tensor, embedding_scale=scale, kv_tokens=cache_tokens, max_tokens=_CHUNK,
-            max_position=min(cache_tokens, self.context_length), act_group=self._act_group,
-        )  # fmt: skip
+        try:
+            if cache_tokens > _MOST_CACHE_TOKENS:
+                raise MemoryError
+            return Decoder(
+                self.config, self._weight, self._tensor, embedding_scale=scale, kv_tokens=cache_tokens,
+                max_tokens=_CHUNK, max_position=min(cache_tokens, self.context_length), act_group=self._act_group,
+            )  # fmt: skip
+        except (RuntimeError, MemoryError) as error:
+            if "memory" not in str(error) and not isinstance(error, MemoryError):
+                raise
+            raise InputError(
+                f"memory does not hold a key-value cache of {cache_tokens} tokens: ask for fewer tokens or sequences."
+            ) from error
+
+    def _resize(self, cache_tokens: int) -> Decoder:
+        self._held, self._cache_tokens = [], cache_tokens
+        return self.make_decoder(cache_tokens)
 
     @property
     def _quantized(self) -> dict[int, int]:
@@ -132,9 +153,24 @@ class NativeEngine(Engine):
         block = self._decoder.kv_block
         needed = sequences * -(-tokens // block) * block
         if needed > self._cache_tokens:
-            self._decoder = self._make(needed)
+            self._decoder = self._resize(needed)
+
+    def reserve(self, tokens: int) -> None:
+        if tokens > self._cache_tokens:  # twice as much, so that a growing conversation is seldom computed anew
+            self._reserve(1, min(max(tokens, 2 * self._cache_tokens), self.context_length))
+
+    def _compute(self, tokens: list[int], start: int, rows: int, logits: bool) -> tuple[Tensor | None, list[int]]:
+        table = self._decoder.linear_table(1)
+        ids = torch.tensor(tokens[start:], dtype=torch.int32)
+        head = len(ids) - rows if rows > 1 else (len(ids) - 1) // _CHUNK * _CHUNK  # read before the rows asked for
+        if head:
+            self._prefill(ids[:head], table, start)
+        tail = [(len(ids) - head, start + head, len(ids) - head == 1)]
+        out, best = self._decoder.forward(ids[head:], tail, table, every=rows > 1, logits=logits)
+        return out, best.tolist()
 
     def logits(self, tokens: Tensor) -> Tensor:
+        self._held = []
         length = tokens.shape[1]
         self._reserve(1, length)
         rows = []
@@ -157,15 +193,16 @@ class NativeEngine(Engine):
         tokens = torch.cat([self._prefill(prompt, tables[i : i + 1]) for i, prompt in enumerate(prompts)])
         yield tokens.long()
         for position in range(length, length + max_new_tokens - 1):
+            self._held = []  # the cache is not what another call since may have left there
             _, tokens = decoder.forward(tokens, [(1, position, True)] * batch, tables, logits=False)
             yield tokens.long()
 
-    def _prefill(self, prompt: Tensor, table: Tensor) -> Tensor:
-        """Read one prompt in chunks; the token (1,) that follows it."""
+    def _prefill(self, prompt: Tensor, table: Tensor, position: int = 0) -> Tensor:
+        """Read tokens that stand from `position` on, in chunks; the token (1,) that follows them."""
         token = prompt[:0]
         for start in range(0, len(prompt), _CHUNK):
             chunk = prompt[start : start + _CHUNK]
-            _, token = self._decoder.forward(chunk, [(len(chunk), start, False)], table, logits=False)
+            _, token = self._decoder.forward(chunk, [(len(chunk), position + start, False)], table, logits=False)
         return token
 
     def kv_bytes(self, context: int) -> int:
