@@ -40,7 +40,8 @@ def candidate(name: str, tpot: float, increase: float, **more: Any) -> dict[str,
         },
         "quantize": {"bits_per_weight": 4.125},
         "bench": {"tpot_s": {"median": 0.01 / tpot}, "peak_memory_bytes": 10**8, "weight_bytes": 10**7},
-        "ratio": {"tpot": tpot, "ttft": 1.0, "throughput": tpot, "memory": 1.0, "tpot_range": [tpot * 0.99, tpot]},
+        "ratio": {"tpot": tpot, "ttft": 1.0, "throughput": tpot, "memory": 1.0,
+                  "intervals": {"tpot": {"low": tpot * 0.99, "high": tpot * 1.01, "confidence": 0.95}}},
     } | more  # fmt: skip
 
 
@@ -70,8 +71,8 @@ def test_do_not_quantize_when_nothing_is_faster() -> None:
 
 def test_a_gain_inside_the_noise_is_no_gain() -> None:
     noisy = candidate("a", 1.2, 0.001)
-    noisy["ratio"]["tpot_range"] = [0.8, 1.6]
-    assert "not outside the noise" in verdict(noisy, LIMITS)
+    noisy["ratio"]["intervals"]["tpot"] |= {"low": 0.8, "high": 1.6}
+    assert "not outside the noise: 1.20x faster per token, 95% interval 0.80x to 1.60x" in verdict(noisy, LIMITS)
 
 
 def test_selection_and_confirmation_must_both_hold() -> None:

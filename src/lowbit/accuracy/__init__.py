@@ -9,6 +9,7 @@ from lowbit.accuracy.measure import Scores, cut_windows, measure
 from lowbit.artifact import MANIFEST, read_manifest, write_json
 from lowbit.calibration import read_documents, tokenize
 from lowbit.errors import InputError
+from lowbit.intervals import kl_difference, mcnemar, mean_interval, perplexity_ratio
 from lowbit.model.checkpoint import DEMO, open_checkpoint
 from lowbit.model.load import load_tokenizer
 from lowbit.runtime.base import Engine
@@ -78,11 +79,30 @@ def evaluate(
             "runtime": floor_engine.runtime,
         },
         "results": results,
+        "comparisons": _comparisons([str(m) for m in models], scores[2:]),
     }
     for name, result in zip(models, results, strict=True):
         if (Path(name) / MANIFEST).exists():
-            write_json(Path(name) / "evaluate.json", document | {"results": [result]})
+            write_json(Path(name) / "evaluate.json", document | {"results": [result], "comparisons": []})
     return document
+
+
+def _comparisons(names: list[str], scores: Sequence[Scores]) -> list[dict[str, Any]]:
+    """The model with the least KL against each other one, window by window: is it really the best?"""
+    if len(names) < 2:
+        return []
+    best = min(range(len(names)), key=lambda i: scores[i].kl.mean())
+    return [
+        {
+            "model": names[best],
+            "against": name,
+            "kl_difference": kl_difference(scores[best].kl, own.kl).to_dict(),
+            "perplexity_ratio": perplexity_ratio(scores[best].nll, own.nll).to_dict(),
+            "mcnemar": mcnemar(scores[best].right, own.right),
+        }
+        for i, (name, own) in enumerate(zip(names, scores, strict=True))
+        if i != best
+    ]
 
 
 def _origin(model: str | Path) -> str:
@@ -112,8 +132,12 @@ def _result(
         "perplexity": own.perplexity,
         "perplexity_increase": increase,
         "perplexity_increase_stderr": Scores.stderr(ratio) * math.exp(ratio.mean()),
-        "kl": {"mean": kl, "stderr": Scores.stderr(own.kl)},
+        "perplexity_ratio": perplexity_ratio(own.nll, truth.nll).to_dict(),
+        "kl": {"mean": kl, "stderr": Scores.stderr(own.kl), "interval": mean_interval(own.kl).to_dict()},
         "top1_agreement": float(own.agreement.mean()),
+        "next_token_accuracy": float(own.right.mean()),
+        "mcnemar": mcnemar(own.right, truth.right),
+        "per_window": {"nll": own.nll.tolist(), "kl": own.kl.tolist()},
         "tasks": {},
         "gates": [
             {"gate": gate, "limit": limit, "value": value, "met": value <= limit}

@@ -75,7 +75,17 @@ def accuracy_table(document: dict[str, Any]) -> str:
             ]
         )
     head = f"{document['text']}: {document['tokens']} tokens in {document['windows']} windows of {document['seq_len']}"
-    return head + "\n" + table(["model", "perplexity", "increase", "KL", "same top token", "runtime"], rows)
+    shown = head + "\n" + table(["model", "perplexity", "increase", "KL", "same top token", "runtime"], rows)
+    return "\n".join([shown, *map(_comparison, document["comparisons"])])
+
+
+def _comparison(c: dict[str, Any]) -> str:
+    d = c["kl_difference"]
+    verdict = "closer to the original than" if d["high"] < 0 else "not outside the noise against"
+    return (
+        f"{c['model']}: {verdict} {c['against']}, KL {d['estimate']:+.5f} "
+        f"({d['confidence']:.0%}: {d['low']:+.5f} to {d['high']:+.5f})"
+    )
 
 
 def bench(
@@ -85,6 +95,9 @@ def bench(
     output_lengths: Annotated[str, typer.Option(metavar="N,...", help="Generated tokens.")] = "64",
     batch_sizes: Annotated[str, typer.Option(metavar="N,...", help="Sequences at once.")] = "1",
     repeats: Annotated[int, typer.Option(help="Counted runs of each, after one warm-up.")] = 5,
+    precision: Annotated[
+        str | None, typer.Option(metavar="2%", help="Go on until the ratios' intervals are this narrow (at most 4 x).")
+    ] = None,
     runtime: Runtime = "auto",
     seed: Seed = 0,
     json: Json = None,
@@ -103,24 +116,30 @@ def bench(
         output_lengths=numbers(output_lengths, "--output-lengths"),
         batch_sizes=numbers(batch_sizes, "--batch-sizes"),
         repeats=repeats,
+        precision=percent(precision, "--precision"),
         runtime=kind,
         seed=seed,
     )
     finish("bench", document, json, speed_table(document), seed)
 
 
+def _ratio(ratio: dict[str, Any]) -> str:
+    i = ratio["intervals"]["tpot"]
+    return f"{ratio['tpot']:.2f}x ({i['low']:.2f} to {i['high']:.2f})"
+
+
 def speed_table(document: dict[str, Any]) -> str:
     rows = []
     for r in document["results"]:
         s = r["scenario"]
-        ratio = next((q["tpot"] for q in document["ratios"] if q["model"] == r["model"] and q["scenario"] == s), None)
+        ratio = next((q for q in document["ratios"] if q["model"] == r["model"] and q["scenario"] == s), None)
         rows.append(
             [
                 r["model"],
                 f"{s['prompt_length']}+{s['output_length']} x {s['batch_size']}",
                 f"{r['ttft_s']['median'] * 1e3:.1f} ms",
                 f"{r['tpot_s']['median'] * 1e3:.2f} ms",
-                "" if ratio is None else f"{ratio:.2f}x",
+                "" if ratio is None else _ratio(ratio),
                 f"{r['throughput_tokens_per_s']:.0f}",
                 f"{r['mbu']:.0%}",
                 megabytes(r["weight_bytes"]),

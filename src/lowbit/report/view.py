@@ -171,7 +171,7 @@ def _candidate_row(c: dict[str, Any], chosen: bool) -> dict[str, Any]:
     e, b = c.get("evaluate"), c.get("bench")
     increase, kl = get(e, "perplexity_increase"), get(e, "kl", "mean")
     spread = interval95(increase, get(e, "perplexity_increase_stderr"), signed)
-    low, high = get(c, "ratio", "tpot_range") or (None, None)
+    low, high = (get(c, "ratio", "intervals", "tpot", end) for end in ("low", "high"))
     speed, error = number(get(c, "ratio", "tpot")), number(get(e, "kl", "stderr"))
     bits, memory = get(c, "quantize", "bits_per_weight"), get(c, "quantize", "peak_memory_bytes")
     bench = _bench_cells(b)

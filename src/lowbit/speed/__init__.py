@@ -2,8 +2,8 @@
 
 TTFT: request handed over -> first token there. TPOT: (end - first token) / (tokens - 1). End to end: all of it.
 Throughput: generated tokens of all sequences / wall time. A run is one generation, or the middle one of as many as
-fill a quarter of a second. Every model and scenario is run once without counting and then `repeats` times, the models in turn,
-so that a machine that slows down slows all of them.
+fill a quarter of a second. Every model and scenario is run once without counting and then `repeats` times, the models
+in turn, so that a machine that slows down slows all of them.
 """
 
 import json
@@ -21,10 +21,13 @@ import numpy as np
 from lowbit.artifact import MANIFEST, write_json
 from lowbit.console import track
 from lowbit.errors import InputError, LowbitError
+from lowbit.intervals import CONFIDENCE, median_interval
 from lowbit.model.checkpoint import open_checkpoint
 from lowbit.speed.bandwidth import measure_bandwidth
 
 __all__ = ["Scenario", "bench"]
+
+MOST_ROUNDS = 4  # times as many rounds as asked for, while waiting for a narrow interval
 
 
 @dataclass(frozen=True)
@@ -84,10 +87,15 @@ def bench(
     output_lengths: Sequence[int] = (64,),
     batch_sizes: Sequence[int] = (1,),
     repeats: int = 5,
+    precision: float | None = None,
     runtime: str = "auto",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The `bench` document of `models`, and the ratios to `against` (above 1: better than it)."""
+    """The `bench` document of `models`, and the ratios to `against` (above 1: better than it).
+
+    With `precision` (0.02 is 2 %), rounds go on after `repeats` until half the interval of every model's ratio (of
+    its time per token, without `against`) is within it, or until MOST_ROUNDS times as many have run.
+    """
     scenarios = [Scenario(p, o, b) for p in prompt_lengths for o in output_lengths for b in batch_sizes]
     for name, values, least in (
         ("prompt length", prompt_lengths, 1), ("output length", output_lengths, 2), ("batch size", batch_sizes, 1),
@@ -102,7 +110,7 @@ def bench(
     peak = measure_bandwidth()
     with ExitStack() as stack:
         workers = [stack.enter_context(Worker(name, runtime)) for name in names]
-        runs = _alternate(workers, scenarios, repeats, seed)
+        runs = _alternate(workers, scenarios, repeats, seed, precision)
     results = [
         _result(worker, scenario, runs[worker.model, scenario], peak) for scenario in scenarios for worker in workers
     ]
@@ -121,17 +129,34 @@ def bench(
 
 
 def _alternate(
-    workers: list[Worker], scenarios: list[Scenario], repeats: int, seed: int
+    workers: list[Worker], scenarios: list[Scenario], repeats: int, seed: int, precision: float | None = None
 ) -> dict[tuple[str, Scenario], list[dict[str, Any]]]:
     """All runs of every model and scenario; the first round of each scenario warms up and is dropped."""
     runs: dict[tuple[str, Scenario], list[dict[str, Any]]] = {(w.model, s): [] for w in workers for s in scenarios}
-    rounds = [(s, r) for s in scenarios for r in range(repeats + 1)]
-    for scenario, r in track(rounds, "benchmarking", len(rounds)):
+
+    def play(scenario: Scenario, r: int) -> None:
         for worker in workers:
             reply = worker.ask(asdict(scenario) | {"seed": seed + r})
             if r > 0:
                 runs[worker.model, scenario].append(reply)
+
+    rounds = [(s, r) for s in scenarios for r in range(repeats + 1)]
+    for scenario, r in track(rounds, "benchmarking", len(rounds)):
+        play(scenario, r)
+    if precision is not None:
+        for scenario in scenarios:
+            for r in range(repeats + 1, repeats * MOST_ROUNDS + 1):
+                if _widest([runs[w.model, scenario] for w in workers]) <= precision:
+                    break
+                play(scenario, r)
     return runs
+
+
+def _widest(runs: Sequence[Sequence[dict[str, Any]]]) -> float:
+    """The widest half interval of a median, relative: of each model's time per token over the first model's."""
+    times = [np.array([r["tpot_s"] for r in own]) for own in runs]
+    intervals = [median_interval(times[0] / own) for own in times[1:]] or [median_interval(times[0])]
+    return max(i.half_width if i.confidence >= CONFIDENCE else float("inf") for i in intervals)
 
 
 def _result(worker: Worker, scenario: Scenario, runs: list[dict[str, Any]], peak: float) -> dict[str, Any]:
@@ -179,7 +204,10 @@ def _ratios(results: list[dict[str, Any]], against: str, scenarios: list[Scenari
                     "tpot": float(np.median(pairs["tpot_s"])),
                     "throughput": float(np.median(pairs["e2e_s"])),
                     "memory": base["peak_memory_bytes"] / row["peak_memory_bytes"],
-                    "tpot_range": [float(pairs["tpot_s"].min()), float(pairs["tpot_s"].max())],
+                    "intervals": {
+                        key: median_interval(pairs[runs]).to_dict()
+                        for key, runs in (("ttft", "ttft_s"), ("tpot", "tpot_s"), ("throughput", "e2e_s"))
+                    },
                 }
             )
     return ratios

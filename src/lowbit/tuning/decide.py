@@ -36,9 +36,12 @@ def verdict(candidate: dict[str, Any], limits: Limits) -> str:
     gain, better = candidate["ratio"][limits.optimize], OBJECTIVES[limits.optimize]
     if gain < LEAST_GAIN:
         return f"no gain: {gain:.2f}x {better}"
-    low = candidate["ratio"].get("tpot_range", [gain])[0]
-    if limits.optimize == "tpot" and low <= 1:
-        return f"not outside the noise: {gain:.2f}x {better}, but {low:.2f}x in the worst pair"
+    interval = (candidate["ratio"].get("intervals") or {}).get(limits.optimize)
+    if interval and interval["low"] <= 1:
+        return (
+            f"not outside the noise: {gain:.2f}x {better}, {interval['confidence']:.0%} interval "
+            f"{interval['low']:.2f}x to {interval['high']:.2f}x"
+        )
     return "ok"
 
 
