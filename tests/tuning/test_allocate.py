@@ -80,7 +80,7 @@ def test_merged_states_come_with_a_bound_that_holds(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_budget_below_the_cheapest_choice_is_refused() -> None:
-    with pytest.raises(InputError, match="the cheapest choice everywhere takes 3 of 2.5"):
+    with pytest.raises(InputError, match=r"the cheapest choice everywhere takes 3 of 2\.5"):
         allocate([[1.0, 0.5], [1.0, 0.2]], [[1, 2], [2, 3]], 2.5)
     assert allocate([[1.0, 0.5], [1.0, 0.2]], [[1, 2], [2, 3]], 3).choice == (0, 0)
     assert allocate([[1.0, 0.5], [1.0, 0.2]], [[1, 2], [2, 3]], 99).choice == (1, 1)

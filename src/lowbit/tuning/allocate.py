@@ -57,9 +57,7 @@ def _totals(loss: list[np.ndarray], cost: list[np.ndarray], choice: Sequence[int
     return tuple(sum(float(x[o]) for x, o in zip(xs, choice, strict=True)) for xs in (cost, loss))  # type: ignore[return-value]
 
 
-def _lagrange(
-    loss: list[np.ndarray], cost: list[np.ndarray], budget: float
-) -> tuple[float, float, tuple[int, ...]]:
+def _lagrange(loss: list[np.ndarray], cost: list[np.ndarray], budget: float) -> tuple[float, float, tuple[int, ...]]:
     """(price, bound, a choice within the budget): bisection on the price, at which the cost falls."""
 
     def answer(price: float) -> tuple[int, ...]:
@@ -80,7 +78,9 @@ def _lagrange(
             low = middle
         else:
             high = middle
-    bounds = {p: sum(float((x + p * c).min()) for x, c in zip(loss, cost, strict=True)) - p * budget for p in (low, high)}
+    bounds = {
+        p: sum(float((x + p * c).min()) for x, c in zip(loss, cost, strict=True)) - p * budget for p in (low, high)
+    }
     price = max(bounds, key=lambda p: bounds[p])
     return price, bounds[price], answer(high)
 
