@@ -6,13 +6,14 @@ per token if only that group changes. Errors of different groups are small and n
 
 direct   put the rounded weights in, run some windows, measure the KL. One forward pass a group.
 fisher   to second order KL = 1/2 d^T F d for a change d of the weights and the Fisher information F = E[g g^T] of
-         g = grad log p(y | x), y drawn from the model itself (Martens, "New insights and perspectives on the natural
-         gradient method", 2020, §5). Token scores are uncorrelated given the past, so a window's summed gradient will
-         do: KL per token = 1/2 mean over windows (g . d)^2 / tokens. One backward pass a window for all groups at
-         once; the weights are never touched.
+         g = grad log p(y | x), y drawn from the model itself. Per linear F is nearly a Kronecker product of its
+         inputs' and its output gradients' second moments (Martens and Grosse, K-FAC, 2015, §3), and rounding errors of
+         different output channels are nearly uncorrelated, so only the gradients' diagonal counts:
+             KL per token = 1/2 sum_i E[g_i^2] (d H d^T)_ii,    H = E[x x^T]
+         One backward pass a window for all groups at once, without a weight gradient; the weights are never touched.
 
-Both are measured with one scheme, the probe; the other schemes follow from the ratio of the group's quadratic output
-loss (W - W')H(W - W')^T, which the rounding method itself reports.
+Both are measured with one scheme, the probe, rounded by the method itself; the other schemes follow from the ratio of
+the group's quadratic output losses (W - W')H(W - W')^T under round-to-nearest, which is nearly the method's own.
 """
 
 from collections.abc import Callable, Sequence
@@ -119,13 +120,13 @@ class Subject:
 def sensitivity(subject: Subject, schemes: Sequence[str], probe: str, recipe: Recipe, way: Way) -> Sensitivity:
     """Expected KL of every group in every scheme. `recipe` names the rounding method and its settings."""
     changes, probed = [], []
+    plain = Recipe(method="rtn")
     bits, losses = np.zeros((len(subject.groups), len(schemes))), np.zeros((len(subject.groups), len(schemes)))
     for u in track(range(len(subject.groups)), "sensitivity: rounding", len(subject.groups)):
-        change, loss, _ = subject.round(u, probe, recipe)
-        changes.append(change)
-        probed.append(loss)
+        changes.append(subject.round(u, probe, recipe)[0])
+        probed.append(subject.round(u, probe, plain)[1])
         for o, scheme in enumerate(schemes):
-            _, losses[u, o], bits[u, o] = subject.round(u, scheme, recipe)
+            _, losses[u, o], bits[u, o] = subject.round(u, scheme, plain)
     measured = (fisher if way == "fisher" else direct)(subject, changes)
     share = np.array(probed)[:, None]
     kl = measured[:, None] * np.divide(losses, share, out=np.zeros_like(losses), where=share > 0)
@@ -161,33 +162,36 @@ def direct(subject: Subject, changes: Sequence[dict[str, Tensor]], windows: int 
 def fisher(
     subject: Subject, changes: Sequence[dict[str, Tensor]], windows: int = FISHER_WINDOWS, seed: int = 0
 ) -> np.ndarray:
-    """The same to second order: 1/2 mean over windows of (gradient . change)^2 / tokens, one value a group."""
+    """The same to second order, from gradients of the unchanged model; one value a group."""
+    curvature = output_curvature(subject, windows, seed)
+    found = []
+    for change, hessian in zip(changes, subject.hessians, strict=True):
+        inputs = hessian.mean()
+        found.append(0.5 * sum(float(((d @ inputs) * d).sum(1) @ curvature[n]) for n, d in change.items()))
+    return np.array(found)
+
+
+def output_curvature(subject: Subject, windows: int, seed: int) -> dict[str, Tensor]:
+    """{linear: (out,)}: mean over tokens of the squared gradient of log p(y | x) by the linear's output."""
     generator = torch.Generator().manual_seed(seed)
-    names = [n for change in changes for n in change]
-    for n in names:
-        subject.modules[n].weight.requires_grad_(True)
     tokens = subject.windows[:windows]
-    found = np.zeros((len(tokens), len(changes)))
+    sums = {n: torch.zeros(rows) for g in subject.groups for n, (rows, _) in zip(g.names, g.shapes, strict=True)}
+
+    def collect(name: str) -> Callable[..., None]:
+        def on_gradient(gradient: Tensor) -> None:
+            sums[name] += gradient.reshape(-1, gradient.shape[-1]).float().square().sum(0)
+
+        return lambda _module, _args, output: output.register_hook(on_gradient) and None
+
+    handles = [subject.modules[n].register_forward_hook(collect(n)) for n in sums]
+    # a graph needs a leaf: what the embedding gives
+    handles.append(subject.net.get_input_embeddings().register_forward_hook(lambda _m, _a, out: out.requires_grad_()))
     try:
-        for w, window in enumerate(track(tokens.split(1), "sensitivity: gradients", len(tokens))):
+        for window in track(tokens.split(1), "sensitivity: gradients", len(tokens)):
             likely = subject.net(input_ids=window, use_cache=False).logits[0].float().log_softmax(-1)
             drawn = torch.multinomial(likely.detach().exp(), 1, generator=generator)
             likely.gather(-1, drawn).sum().backward()
-            for u, change in enumerate(changes):
-                found[w, u] = _slope(subject, change) ** 2 / (2 * window.numel())
-            for n in names:
-                subject.modules[n].weight.grad = None
     finally:
-        for n in names:
-            subject.modules[n].weight.requires_grad_(False)
-    return np.asarray(found.mean(0))
-
-
-def _slope(subject: Subject, change: dict[str, Tensor]) -> float:
-    """gradient . change"""
-    total = 0.0
-    for n, d in change.items():
-        gradient = subject.modules[n].weight.grad
-        assert gradient is not None
-        total += float((gradient * d).sum())
-    return total
+        for handle in handles:
+            handle.remove()
+    return {n: total / tokens.numel() for n, total in sums.items()}
