@@ -94,7 +94,7 @@ def test_selection_and_confirmation_must_both_hold() -> None:
 )
 def test_each_limit_is_held_and_said(limits: dict[str, Any], words: str) -> None:
     assert verdict(candidate("a", 2.0, 0.001), Limits(**limits)) == words
-    assert verdict(candidate("a", 2.0, 0.001), Limits(**{k: 10 * 10**9 for k in limits})) == "ok"
+    assert verdict(candidate("a", 2.0, 0.001), Limits(**dict.fromkeys(limits, 10**10))) == "ok"
 
 
 def test_failed_candidates_are_said() -> None:
@@ -150,7 +150,7 @@ def test_tune_end_to_end(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert len(set(parts)) == 3
 
     jobs: list[str] = []
-    monkeypatch.setattr("lowbit.tuning.run.run_job", lambda request, limits: jobs.append(request["job"]))
+    monkeypatch.setattr("lowbit.tuning.run.run_job", lambda request, _limits: jobs.append(request["job"]))
     again = tune(tiny, out, text, candidates=[first[0], first[2]], repeats=1, max_ppl_increase=10, resume=True)
     assert jobs == []
     assert [c["evaluate"] for c in again["candidates"]] == [
