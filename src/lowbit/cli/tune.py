@@ -29,6 +29,9 @@ def tune(
     max_tpot: Annotated[str | None, typer.Option(metavar="20ms", help="Time per token.")] = None,
     optimize: Annotated[str, typer.Option(help="tpot, ttft, throughput or memory.")] = "tpot",
     task: Annotated[str | None, typer.Option(help="What the model is for: chat, code or math.")] = None,
+    catalog: Annotated[
+        str | None, typer.Option(metavar="FILE", help="Prices for the report, in the form of model-catalog.json.")
+    ] = None,
     time_limit: Annotated[str | None, typer.Option(metavar="30min", help="For one candidate's job.")] = None,
     memory_limit: Annotated[str | None, typer.Option(metavar="8GB", help="For one candidate's job.")] = None,
     repeats: Annotated[int, typer.Option(help="Counted runs of each speed measurement, at least.")] = 5,
@@ -69,6 +72,7 @@ def tune(
         candidates=candidates,
         job_limits=JobLimits(job_seconds or JobLimits.seconds, job_memory),
         task=task,  # type: ignore[arg-type]
+        catalog=catalog,
         repeats=repeats,
         seed=seed,
         resume=resume,

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lowbit.report.figures import chart_of, chart_words, heatmap
+from lowbit.report.whatif import whatif_data
 from lowbit.report.words import (
     NONE,
     Z95,
@@ -58,6 +59,7 @@ def view(document: dict[str, Any]) -> dict[str, Any]:
         "samples": [_sample(s, [c.get("name") for c in first]) for s in document.get("samples") or []],
         "facts": _facts(document, original, chosen),
         "floor": _floor(original),
+        "whatif": whatif_data(document),
         "reproduce": _reproduce(document),
         "deploy": _deploy(document, chosen),
     }

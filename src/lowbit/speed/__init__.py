@@ -27,6 +27,7 @@ from lowbit.speed.bandwidth import measure_bandwidth
 
 __all__ = ["Scenario", "bench"]
 
+GRID_REPEATS = 2
 MOST_ROUNDS = 4  # times as many rounds as asked for, while waiting for a narrow interval
 
 
@@ -88,13 +89,15 @@ def bench(
     batch_sizes: Sequence[int] = (1,),
     repeats: int = 5,
     precision: float | None = None,
+    grid: Sequence[Scenario] = (),
     runtime: str = "auto",
     seed: int = 0,
 ) -> dict[str, Any]:
     """The `bench` document of `models`, and the ratios to `against` (above 1: better than it).
 
     With `precision` (0.02 is 2 %), rounds go on after `repeats` until half the interval of every model's ratio (of
-    its time per token, without `against`) is within it, or until MOST_ROUNDS times as many have run.
+    its time per token, without `against`) is within it, or until MOST_ROUNDS times as many have run. `grid` are more
+    scenarios, run GRID_REPEATS times each, for a model of times at other sizes; their rows are the document's `grid`.
     """
     scenarios = [Scenario(p, o, b) for p in prompt_lengths for o in output_lengths for b in batch_sizes]
     for name, values, least in (
@@ -111,6 +114,7 @@ def bench(
     with ExitStack() as stack:
         workers = [stack.enter_context(Worker(name, runtime)) for name in names]
         runs = _alternate(workers, scenarios, repeats, seed, precision)
+        rough = _alternate(workers, list(grid), GRID_REPEATS, seed)
     results = [
         _result(worker, scenario, runs[worker.model, scenario], peak) for scenario in scenarios for worker in workers
     ]
@@ -119,12 +123,13 @@ def bench(
         "repeats": repeats,
         "results": results,
         "ratios": [] if against is None else _ratios(results, str(against), scenarios),
+        "grid": [_result(worker, s, rough[worker.model, s], peak) for s in grid for worker in workers],
     }
     for name in names:
         if (Path(name) / MANIFEST).exists():
             mine = [r for r in results if r["model"] == name]
             ratios = [r for r in document["ratios"] if r["model"] == name]  # type: ignore[attr-defined]
-            write_json(Path(name) / "bench.json", document | {"results": mine, "ratios": ratios})
+            write_json(Path(name) / "bench.json", document | {"results": mine, "ratios": ratios, "grid": []})
     return document
 
 
@@ -173,10 +178,17 @@ def _result(worker: Worker, scenario: Scenario, runs: list[dict[str, Any]], peak
         "throughput_tokens_per_s": scenario.batch_size * scenario.output_length / float(np.median(ends)),
         "mbu": read / float(np.median(tpots)) / peak,
         "weight_bytes": worker.facts["weight_bytes"],
+        "kv_bytes_per_context_token": _kv_bytes(scenario, runs[-1]),
         "peak_memory_bytes": memory,
         "memory_above_import_bytes": memory - runs[-1]["baseline_memory_bytes"],
         "runs": {k: [r[k] for r in runs] for k in ("ttft_s", "tpot_s", "e2e_s")},
     }
+
+
+def _kv_bytes(scenario: Scenario, run: dict[str, Any]) -> float:
+    """Bytes of cache that a step reads for one token of one sequence's context."""
+    context = scenario.prompt_length + scenario.output_length // 2
+    return float(run["kv_bytes_per_token"] / (scenario.batch_size * context))
 
 
 def _summary(values: list[float]) -> dict[str, float | None]:

@@ -29,6 +29,7 @@ from lowbit.errors import InputError, nearest
 from lowbit.model.checkpoint import DEMO, Checkpoint, open_checkpoint
 from lowbit.model.load import load_tokenizer
 from lowbit.report import write_report
+from lowbit.report.catalog import read_catalog
 from lowbit.runtime.engine import load
 from lowbit.tuning.advice import Situation, Task, expect, guess_device
 from lowbit.tuning.candidates import Candidate, make_candidates
@@ -54,6 +55,7 @@ def tune(
     candidates: Sequence[Candidate] | None = None,
     job_limits: JobLimits | None = None,
     task: Task | None = None,
+    catalog: str | Path | None = None,
     repeats: int = 5,
     seed: int = 0,
     resume: bool = False,
@@ -63,6 +65,7 @@ def tune(
     """The `tune` document: candidates with what was measured, the Pareto set and one recommendation.
 
     Everything goes under `output`: candidates/NAME (loadable), data/ (the split), tune.json, report.html.
+    `catalog` adds prices of hosted models and hardware to the report (report/catalog.py).
     `calibration` replaces the calibration part of the user's own text. `job_limits` hold for each candidate's jobs;
     `limits` are the words of decide.Limits (max_ppl_increase=0.01, max_memory=..., optimize="tpot", ...).
     """
@@ -71,6 +74,7 @@ def tune(
     if wanted.optimize not in OBJECTIVES:
         raise InputError(f"--optimize {wanted.optimize}: {nearest(wanted.optimize, OBJECTIVES)}")
     _check_output(output, resume=resume, force=force)
+    prices = read_catalog(None if catalog is None else Path(catalog))
     checkpoint = open_checkpoint(model)
     own_text = text
     if text is None:
@@ -126,6 +130,8 @@ def tune(
             "bench": original,
         },
         "peak_bandwidth_bytes_per_s": None if speed is None else speed["peak_bandwidth_bytes_per_s"],
+        "grid": [] if speed is None else speed["grid"],
+        "catalog": prices,
         "candidates": rows,
         "pareto": pareto(rows),
         "recommendation": recommend(rows, wanted, original),

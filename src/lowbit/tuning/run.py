@@ -14,12 +14,14 @@ from lowbit import console
 from lowbit.artifact import write_json
 from lowbit.console import note
 from lowbit.errors import InputError, LowbitError
-from lowbit.speed import bench
+from lowbit.speed import Scenario, bench
 from lowbit.tuning.candidates import Candidate
 from lowbit.tuning.decide import Limits, measured
 from lowbit.tuning.halving import KEEP, RUNGS, Measured, dropped
 from lowbit.tuning.isolate import JobError, JobLimits, run_job
 from lowbit.tuning.split import Split
+
+GRID = tuple(Scenario(p, 16, b) for p in (16, 192) for b in (1, 4))  # what times at other sizes are predicted from
 
 
 @dataclass(frozen=True)
@@ -173,7 +175,8 @@ def measure_speed(
     """The bench document; rows get `bench` and `ratio`. A model that cannot be run drops out with its reason."""
 
     def ask(left: list[dict[str, Any]]) -> dict[str, Any]:
-        return bench([c["path"] for c in left], against=job.model, repeats=repeats, precision=precision, seed=seed)
+        paths = [c["path"] for c in left]
+        return bench(paths, against=job.model, repeats=repeats, precision=precision, grid=GRID, seed=seed)
 
     left = measured(rows)
     try:
