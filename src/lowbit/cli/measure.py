@@ -16,11 +16,12 @@ from lowbit.cli.options import (
     megabytes,
     numbers,
     percent,
+    seconds,
     table,
 )
 from lowbit.errors import QualityGateError
 
-Models = Annotated[list[str], typer.Argument(help="Model directories, hub ids or 'demo'.")]
+Models = Annotated[list[str], typer.Argument(help="Model directories, hub ids, 'demo', or for bench URLs.")]
 Against = Annotated[str | None, typer.Option(help="The model to compare with.")]
 
 
@@ -98,15 +99,23 @@ def bench(
     precision: Annotated[
         str | None, typer.Option(metavar="2%", help="Go on until the ratios' intervals are this narrow (at most 4 x).")
     ] = None,
+    requests: Annotated[int, typer.Option(help="Of a server (URL): requests a scenario.")] = 32,
+    rate: Annotated[
+        float | None, typer.Option(help="Of a server: requests a second, at random (default: as fast as it answers).")
+    ] = None,
+    max_ttft: Annotated[str | None, typer.Option(metavar="200ms", help="Of a server: limit for goodput.")] = None,
+    max_tpot: Annotated[str | None, typer.Option(metavar="20ms", help="Of a server: limit for goodput.")] = None,
     runtime: Runtime = "auto",
     seed: Seed = 0,
     json: Json = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure speed and memory, models taking turns."""
+    """Measure speed and memory, models taking turns; or a server by its URL, under load."""
     begin(quiet, verbose)
     kind = check_runtime(runtime)
+    first, each = seconds(max_ttft, "--max-ttft"), seconds(max_tpot, "--max-tpot")
+    from lowbit.speed import Load
     from lowbit.speed import bench as run
 
     document = run(
@@ -117,6 +126,7 @@ def bench(
         batch_sizes=numbers(batch_sizes, "--batch-sizes"),
         repeats=repeats,
         precision=percent(precision, "--precision"),
+        load=Load(requests, rate=rate, max_ttft=first, max_tpot=each),
         runtime=kind,
         seed=seed,
     )
@@ -124,8 +134,9 @@ def bench(
 
 
 def _ratio(ratio: dict[str, Any]) -> str:
-    i = ratio["intervals"]["tpot"]
-    return f"{ratio['tpot']:.2f}x ({i['low']:.2f} to {i['high']:.2f})"
+    interval = (ratio["intervals"] or {}).get("tpot")
+    around = f" ({interval['low']:.2f} to {interval['high']:.2f})" if interval else ""
+    return f"{ratio['tpot']:.2f}x{around}"
 
 
 def speed_table(document: dict[str, Any]) -> str:
@@ -141,12 +152,29 @@ def speed_table(document: dict[str, Any]) -> str:
                 f"{r['tpot_s']['median'] * 1e3:.2f} ms",
                 "" if ratio is None else _ratio(ratio),
                 f"{r['throughput_tokens_per_s']:.0f}",
-                f"{r['mbu']:.0%}",
-                megabytes(r["weight_bytes"]),
-                megabytes(r["peak_memory_bytes"]),
+                "" if r["mbu"] is None else f"{r['mbu']:.0%}",
+                "" if r["weight_bytes"] is None else megabytes(r["weight_bytes"]),
+                "" if r["peak_memory_bytes"] is None else megabytes(r["peak_memory_bytes"]),
             ]
         )
     headers = ["model", "tokens x batch", "TTFT", "TPOT", "speed-up", "tokens/s", "MBU", "weights", "peak memory"]
     runtimes = "\n".join(dict.fromkeys(f"{r['model']}: {r['runtime']}" for r in document["results"]))
+    served = [_load_line(r) for r in document["results"] if "load" in r]
+    if served:
+        return "\n".join([table(headers, rows), *served])
     peak = f"read bandwidth measured here: {document['peak_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s"
     return table(headers, rows) + "\n" + peak + "\n" + runtimes
+
+
+def _load_line(row: dict[str, Any]) -> str:
+    load, queue = row["load"], row["load"]["queue_s"]
+    gap = load["gap_s"]["p90"]
+    within = f"{load['within_limits']:.0%} within the limits"
+    text = (
+        f"{row['model']}: {load['kind']} loop, {load['requests']} requests, {load['requests_per_s']:.2f} answered a "
+        f"second, goodput {load['goodput_requests_per_s']:.2f} a second ({within}), "
+        f"gap between tokens p90 {gap * 1e3:.1f} ms, client queue p90 {queue['p90'] * 1e3:.1f} ms"
+    )
+    if load["client_bound"]:
+        text += "\n  the load generator was the bottleneck: these are its figures, not the server's"
+    return "\n".join([text, *(f"  {n} failed: {reason}" for reason, n in load["failures"].items())])

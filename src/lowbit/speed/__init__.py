@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -24,8 +24,10 @@ from lowbit.errors import InputError, LowbitError
 from lowbit.intervals import CONFIDENCE, median_interval
 from lowbit.model.checkpoint import open_checkpoint
 from lowbit.speed.bandwidth import measure_bandwidth
+from lowbit.speed.load import Load, load_test
+from lowbit.speed.stream import is_url
 
-__all__ = ["Scenario", "bench"]
+__all__ = ["Load", "Scenario", "bench"]
 
 GRID_REPEATS = 2
 MOST_ROUNDS = 4  # times as many rounds as asked for, while waiting for a narrow interval
@@ -90,6 +92,7 @@ def bench(
     repeats: int = 5,
     precision: float | None = None,
     grid: Sequence[Scenario] = (),
+    load: Load | None = None,
     runtime: str = "auto",
     seed: int = 0,
 ) -> dict[str, Any]:
@@ -98,6 +101,9 @@ def bench(
     With `precision` (0.02 is 2 %), rounds go on after `repeats` until half the interval of every model's ratio (of
     its time per token, without `against`) is within it, or until MOST_ROUNDS times as many have run. `grid` are more
     scenarios, run GRID_REPEATS times each, for a model of times at other sizes; their rows are the document's `grid`.
+
+    A model may be the URL of an OpenAI-compatible server: then `load` says how it is asked (speed/load.py), by default
+    as many clients at once as the batch size.
     """
     scenarios = [Scenario(p, o, b) for p in prompt_lengths for o in output_lengths for b in batch_sizes]
     for name, values, least in (
@@ -108,6 +114,11 @@ def bench(
             raise InputError(f"a {name} must be at least {least}, got {min(values, default='none')}.")
     names = [str(m) for m in ([] if against is None else [against]) + list(models)]
     names = list(dict.fromkeys(names))
+    if any(map(is_url, names)):
+        if not all(map(is_url, names)):
+            raise InputError("servers and model directories are not measured alike: give only URLs, or only models.")
+        served = [_serve(name, s, load or Load(), seed) for s in scenarios for name in names]
+        return _served_document(served, None if against is None else str(against), repeats)
     for name in names:
         open_checkpoint(name)  # refuse before anything starts
     peak = measure_bandwidth()
@@ -131,6 +142,25 @@ def bench(
             ratios = [r for r in document["ratios"] if r["model"] == name]  # type: ignore[attr-defined]
             write_json(Path(name) / "bench.json", document | {"results": mine, "ratios": ratios, "grid": []})
     return document
+
+
+def _serve(name: str, scenario: Scenario, load: Load, seed: int) -> dict[str, Any]:
+    load = replace(load, concurrency=scenario.batch_size)
+    return load_test(name, scenario.prompt_length, scenario.output_length, load, seed)
+
+
+def _served_document(rows: list[dict[str, Any]], against: str | None, repeats: int) -> dict[str, Any]:
+    """The document of servers: what they weigh cannot be seen from here, and they are not measured in turns."""
+    ratios = []
+    for row in rows:
+        same = (r for r in rows if r["model"] == against and r["scenario"] == row["scenario"])
+        base = next(same, None)
+        if base is not None and base is not row:
+            ratio: dict[str, Any] = {"model": row["model"], "against": against, "scenario": row["scenario"]}
+            ratio |= {k: base[f"{k}_s"]["median"] / row[f"{k}_s"]["median"] for k in ("ttft", "tpot")}
+            ratio["throughput"] = row["throughput_tokens_per_s"] / base["throughput_tokens_per_s"]
+            ratios.append(ratio | {"memory": None, "intervals": None})
+    return {"peak_bandwidth_bytes_per_s": None, "repeats": repeats, "results": rows, "ratios": ratios, "grid": []}
 
 
 def _alternate(
