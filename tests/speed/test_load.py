@@ -101,8 +101,6 @@ def test_bench_takes_a_url_and_counts_what_kept_the_limits() -> None:
         shape: dict[str, Any] = {"prompt_lengths": [8], "output_lengths": [4], "batch_sizes": [2]}
         strict = bench([url], **shape, load=Load(requests=6, max_tpot=GAP / 2))
         loose = bench([url], **shape, load=Load(requests=6, max_ttft=60))
-            [url], prompt_lengths=[8], output_lengths=[4], batch_sizes=[2], load=Load(requests=6, max_ttft=60)
-        )
     (row,) = loose["results"]
     assert row["scenario"] == {"prompt_length": 8, "output_length": 4, "batch_size": 2}
     assert row["load"]["kind"] == "closed"

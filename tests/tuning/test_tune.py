@@ -8,11 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowbit.errors import InputError
+from lowbit.errors import InputError, LowbitError
 from lowbit.tuning import summary, tune
 from lowbit.tuning.candidates import Candidate
 from lowbit.tuning.decide import Limits, pareto, recommend, verdict
+from lowbit.tuning.isolate import JobError, JobLimits, run_job
 from lowbit.tuning.split import split_documents
+from lowbit.tuning.worker import answer
 
 
 @given(st.lists(st.text(min_size=1).filter(str.strip), min_size=5, max_size=40), st.integers(0, 99))
@@ -137,6 +139,7 @@ def test_tune_end_to_end(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     text.write_text((Path(__file__).parents[2] / "src/lowbit/demo/evaluation.txt").read_text()[:40_000])
     monkeypatch.setattr("lowbit.tuning.SEQ_LEN", 64)
     monkeypatch.setattr("lowbit.tuning.run.bench", lambda *a, **k: fake_bench(*a, **k))
+    monkeypatch.setattr("lowbit.tuning.run.run_job", in_this_process)  # the real one has tests of its own
     out = tmp_path / "out"
     first = [Candidate("rtn", "w8a8"), Candidate("gptq", "w4a16"), Candidate("gptq", "w4a16-g32")]
     document = tune(tiny, out, text, candidates=first, repeats=1, max_ppl_increase=10)
@@ -160,6 +163,25 @@ def test_tune_end_to_end(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         tune(tiny, out, text, candidates=first, repeats=1, resume=True, seed=1)
 
 
+def in_this_process(request: dict[str, Any], _limits: JobLimits) -> Any:
+    try:
+        return json.loads(json.dumps(answer(request)))
+    except LowbitError as error:
+        raise JobError(str(error)) from error
+
+
+@pytest.mark.model
+def test_a_candidate_is_made_in_a_process_of_its_own(tiny: Path, tmp_path: Path) -> None:
+    request = {
+        "job": "quantize", "model": str(tiny), "output": str(tmp_path / "q"), "resume": False, "verbosity": 0,
+        "words": {"scheme": "w4a16-g32", "method": "rtn"},
+    }  # fmt: skip
+    assert run_job(request, JobLimits())["bits_per_weight"] == pytest.approx(4.5)
+    assert (tmp_path / "q" / "lowbit.json").exists()
+    with pytest.raises(JobError, match="does not divide"):
+        run_job(request | {"output": str(tmp_path / "r"), "words": {"scheme": "w4a16", "method": "rtn"}}, JobLimits())
+
+
 def fake_bench(models: list[str], *, against: str | None = None, **_words: Any) -> dict[str, Any]:
     """Timings are of no interest here; whatever is quantized is twice as fast."""
     bench = candidate("x", 1.0, 0.0)["bench"] | {"throughput_tokens_per_s": 1.0, "mbu": 0.5}
@@ -168,6 +190,7 @@ def fake_bench(models: list[str], *, against: str | None = None, **_words: Any) 
         "peak_bandwidth_bytes_per_s": 1e10,
         "results": [bench | {"model": n, "scenario": {}} for n in names],
         "ratios": [candidate("x", 2.0, 0.0)["ratio"] | {"model": n} for n in models],
+        "grid": [],
     }
 
 
