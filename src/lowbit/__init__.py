@@ -10,7 +10,7 @@ from typing import Any
 __version__ = "0.1.0"
 
 _HOME = {  # public name -> the module that defines it
-    "quantize": "lowbit.pipeline",
+    "quantize": "lowbit.tuning.mixed",
     "Recipe": "lowbit.recipe",
     "evaluate": "lowbit.accuracy",
     "bench": "lowbit.speed",

@@ -18,6 +18,10 @@ def set_verbosity(level: int) -> None:
     _level["verbosity"] = level
 
 
+def verbosity() -> int:
+    return _level["verbosity"]
+
+
 def note(text: str, level: int = 1) -> None:
     """One line for the user on standard error."""
     if _level["verbosity"] >= level:

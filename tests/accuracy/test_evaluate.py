@@ -48,7 +48,9 @@ def test_against_a_loop_over_tokens(tiny: Path, quantized: Path, text_file: Path
 
 def test_a_model_against_itself_loses_nothing(tiny: Path, text_file: Path) -> None:
     document = evaluate([tiny], text_file, against=tiny, seq_len=64, runtime="float32")
-    assert document["results"][0]["kl"] == {"mean": pytest.approx(0, abs=1e-9), "stderr": pytest.approx(0, abs=1e-9)}
+    kl = document["results"][0]["kl"]
+    assert (kl["mean"], kl["stderr"]) == (pytest.approx(0, abs=1e-9), pytest.approx(0, abs=1e-9))
+    assert document["results"][0]["mcnemar"]["p_value"] == 1
     assert document["results"][0]["top1_agreement"] == 1
     assert document["noise_floor"]["kl"] == pytest.approx(0, abs=1e-9)
 
@@ -90,3 +92,13 @@ def test_bad_input(tiny: Path, quantized: Path, text_file: Path, tmp_path: Path)
         evaluate([tiny])
     with pytest.raises(InputError, match="at least 2"):
         cut_windows(np.arange(10), 1, "text")
+
+
+def test_models_are_compared_window_by_window(tiny: Path, quantized: Path, text_file: Path, tmp_path: Path) -> None:
+    quantize(tiny, tmp_path / "w8", scheme="w8a16-g32", method="rtn")
+    document = evaluate([quantized, tmp_path / "w8"], text_file, against=tiny, seq_len=64, runtime="float32")
+    (comparison,) = document["comparisons"]
+    assert (comparison["model"], comparison["against"]) == (str(tmp_path / "w8"), str(quantized))
+    w4, w8 = (np.array(r["per_window"]["kl"]) for r in document["results"])
+    assert comparison["kl_difference"]["estimate"] == pytest.approx((w8 - w4).mean())
+    assert comparison["kl_difference"]["high"] < 0

@@ -92,7 +92,7 @@ def _candidate(
             "tpot": 0.0041 / tpot,
             "throughput": 0.0041 / tpot * 0.96,
             "memory": 1.2,
-            "tpot_range": [0.0041 / tpot * 0.95, 0.0041 / tpot * 1.04],
+            "intervals": {"tpot": {"low": 0.0041 / tpot * 0.95, "high": 0.0041 / tpot * 1.04, "confidence": 0.95}},
         },
         "verdict": verdict,
     }

@@ -38,7 +38,8 @@ def test_ratio_is_the_median_of_pairs_and_above_one_is_better() -> None:
     scenario = Scenario(8, 4, 1)
     rows = [row("slow", [2.0, 4.0, 2.0], 200), row("fast", [1.0, 1.0, 1.0], 100)]
     (ratio,) = bench_module._ratios(rows, "slow", [scenario])
-    assert (ratio["tpot"], ratio["memory"], ratio["tpot_range"]) == (2.0, 2.0, [2.0, 4.0])
+    assert (ratio["tpot"], ratio["memory"]) == (2.0, 2.0)
+    assert ratio["intervals"]["tpot"] == {"estimate": 2.0, "low": 2.0, "high": 4.0, "confidence": pytest.approx(0.75)}
 
 
 def test_runs_alternate_and_the_first_round_is_dropped() -> None:
@@ -75,3 +76,19 @@ def test_a_worker_that_dies_is_reported(tiny: Path) -> None:
         worker._process.kill()
         with pytest.raises(LowbitError, match="was killed, most likely for want of memory"):
             worker.ask({"prompt_length": 1})
+
+
+def test_rounds_go_on_until_the_interval_is_narrow_or_the_limit_is_reached() -> None:
+    class Fake:
+        def __init__(self, model: str, spread: float) -> None:
+            self.model, self.spread, self.asked = model, spread, 0
+
+        def ask(self, _request: dict[str, int]) -> dict[str, float]:
+            self.asked += 1
+            return {"tpot_s": 1 + (self.spread if self.asked % 2 else 0)}
+
+    steady, wild = [Fake("a", 0), Fake("b", 0.001)], [Fake("a", 0), Fake("b", 0.5)]
+    scenario = Scenario(8, 4, 1)
+    for workers, rounds in ((steady, 6), (wild, 20)):  # five values cannot reach 95 %, so a sixth round is played
+        runs = bench_module._alternate(workers, [scenario], 5, seed=0, precision=0.02)  # type: ignore[arg-type]
+        assert len(runs["b", scenario]) == rounds

@@ -8,10 +8,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowbit.errors import InputError
+from lowbit.errors import InputError, LowbitError
 from lowbit.tuning import summary, tune
+from lowbit.tuning.candidates import Candidate
 from lowbit.tuning.decide import Limits, pareto, recommend, verdict
+from lowbit.tuning.isolate import JobError, JobLimits, run_job
 from lowbit.tuning.split import split_documents
+from lowbit.tuning.worker import answer
 
 
 @given(st.lists(st.text(min_size=1).filter(str.strip), min_size=5, max_size=40), st.integers(0, 99))
@@ -34,23 +37,25 @@ def candidate(name: str, tpot: float, increase: float, **more: Any) -> dict[str,
     return {
         "name": name,
         "error": None,
-        "selection": {"perplexity_increase": increase},
+        "selection": {"perplexity_increase": increase, "kl": {"mean": increase}},
         "evaluate": {
             "perplexity_increase": increase, "perplexity_increase_stderr": 0.0001, "kl": {"mean": increase, "stderr": 0}
         },
         "quantize": {"bits_per_weight": 4.125},
-        "bench": {"tpot_s": {"median": 0.01 / tpot}, "peak_memory_bytes": 10**8, "weight_bytes": 10**7},
-        "ratio": {"tpot": tpot, "ttft": 1.0, "throughput": tpot, "memory": 1.0, "tpot_range": [tpot * 0.99, tpot]},
+        "bench": {"tpot_s": {"median": 0.01 / tpot}, "ttft_s": {"median": 0.1}, "peak_memory_bytes": 10**8,
+                  "weight_bytes": 10**7},
+        "ratio": {"tpot": tpot, "ttft": 1.0, "throughput": tpot, "memory": 1.0,
+                  "intervals": {"tpot": {"low": tpot * 0.99, "high": tpot * 1.01, "confidence": 0.95}}},
     } | more  # fmt: skip
 
 
-LIMITS = Limits(0.01, None, "tpot")
+LIMITS = Limits()
 
 
-def decide(*candidates: dict[str, Any], limits: Limits = LIMITS) -> dict[str, Any]:
+def decide(*candidates: dict[str, Any], limits: Limits = LIMITS, original: Any = None) -> dict[str, Any]:
     for c in candidates:
         c["verdict"] = verdict(c, limits)
-    return recommend(candidates, limits)
+    return recommend(candidates, limits, original)
 
 
 def test_fastest_within_the_limit_wins() -> None:
@@ -70,8 +75,8 @@ def test_do_not_quantize_when_nothing_is_faster() -> None:
 
 def test_a_gain_inside_the_noise_is_no_gain() -> None:
     noisy = candidate("a", 1.2, 0.001)
-    noisy["ratio"]["tpot_range"] = [0.8, 1.6]
-    assert "not outside the noise" in verdict(noisy, LIMITS)
+    noisy["ratio"]["intervals"]["tpot"] |= {"low": 0.8, "high": 1.6}
+    assert "not outside the noise: 1.20x faster per token, 95% interval 0.80x to 1.60x" in verdict(noisy, LIMITS)
 
 
 def test_selection_and_confirmation_must_both_hold() -> None:
@@ -80,11 +85,47 @@ def test_selection_and_confirmation_must_both_hold() -> None:
     assert "too inaccurate" in verdict(c, LIMITS)
 
 
-def test_memory_limit_and_failed_candidates_are_said() -> None:
-    assert "too large: 100 MB" in verdict(candidate("a", 2.0, 0.001), Limits(0.01, 10**7, "tpot"))
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ({"max_memory": 10**7}, "too large: peak memory 100 MB, limit 10 MB"),
+        ({"max_kl": 0.0001}, "too inaccurate: KL 0.00100, limit 0.00010"),
+        ({"max_ttft": 0.05}, "too slow: first token 100.0 ms, limit 50.0 ms"),
+        ({"max_tpot": 0.001}, "too slow: per token 5.00 ms, limit 1.00 ms"),
+    ],
+)
+def test_each_limit_is_held_and_said(limits: dict[str, Any], words: str) -> None:
+    assert verdict(candidate("a", 2.0, 0.001), Limits(**limits)) == words
+    assert verdict(candidate("a", 2.0, 0.001), Limits(**dict.fromkeys(limits, 10**10))) == "ok"
+
+
+def test_failed_candidates_are_said() -> None:
     failed = {"name": "x", "error": "out of memory"}
     assert decide(failed, candidate("good", 2.0, 0.005))["name"] == "good"
     assert failed["verdict"] == "failed: out of memory"
+
+
+def test_a_limit_that_nothing_reaches_is_named_with_the_closest() -> None:
+    answer = decide(candidate("a", 2.0, 0.005), candidate("b", 4.0, 0.008), limits=Limits(max_tpot=0.001))
+    said = " ".join(answer["reasons"])
+    assert "--max-tpot cannot be reached; the closest is b (too slow: per token 2.50 ms, limit 1.00 ms)" in said
+    assert "--max-ppl-increase" not in said
+
+
+def test_limits_that_contradict_each_other_are_said_to() -> None:
+    """a is accurate enough, b is fast enough, neither is both."""
+    limits = Limits(max_ppl_increase=0.006, max_tpot=0.004)
+    answer = decide(candidate("a", 2.0, 0.005), candidate("b", 4.0, 0.012), limits=limits)
+    said = " ".join(answer["reasons"])
+    assert "--max-tpot and --max-ppl-increase are each met, but never together" in said
+    assert "closest to all limits: a (too slow: per token 5.00 ms, limit 4.00 ms)" in said  # 1.25 x against 2 x
+
+
+def test_the_original_is_no_answer_if_it_breaks_a_limit_too() -> None:
+    bench = {"tpot_s": {"median": 0.01}, "ttft_s": {"median": 0.1}, "peak_memory_bytes": 10**9}
+    small, big = Limits(max_memory=10**7), Limits(max_memory=10**10, max_ppl_increase=1e-6)
+    assert decide(candidate("a", 2.0, 0.005), limits=small, original=bench)["name"] is None
+    assert decide(candidate("a", 2.0, 0.005), limits=big, original=bench)["name"] == "original"
 
 
 def test_pareto_is_what_nothing_dominates() -> None:
@@ -93,21 +134,64 @@ def test_pareto_is_what_nothing_dominates() -> None:
 
 @pytest.mark.model
 def test_tune_end_to_end(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Candidates that fail are listed, the rest goes on; a second run with --resume computes nothing again."""
     text = tmp_path / "text.txt"
     text.write_text((Path(__file__).parents[2] / "src/lowbit/demo/evaluation.txt").read_text()[:40_000])
     monkeypatch.setattr("lowbit.tuning.SEQ_LEN", 64)
-    monkeypatch.setattr("lowbit.tuning.CANDIDATES", (("rtn", "w8a8"), ("gptq", "w4a16"), ("gptq", "w4a16-g32")))
-    document = tune(tiny, tmp_path / "out", text, repeats=1, max_ppl_increase=10)
+    monkeypatch.setattr("lowbit.tuning.run.bench", lambda *a, **k: fake_bench(*a, **k))
+    monkeypatch.setattr("lowbit.tuning.run.run_job", in_this_process)  # the real one has tests of its own
+    out = tmp_path / "out"
+    first = [Candidate("rtn", "w8a8"), Candidate("gptq", "w4a16"), Candidate("gptq", "w4a16-g32")]
+    document = tune(tiny, out, text, candidates=first, repeats=1, max_ppl_increase=10)
     by_name = {c["name"]: c for c in document["candidates"]}
     assert "does not divide" in by_name["w4a16-gptq"]["error"]
     assert by_name["w8a8-rtn"]["evaluate"]["kl"]["mean"] < by_name["w4a16-g32-gptq"]["evaluate"]["kl"]["mean"]
-    assert json.loads((tmp_path / "out" / "tune.json").read_text())["recommendation"] == document["recommendation"]
-    assert (tmp_path / "out" / "report.html").stat().st_size > 10_000
+    assert json.loads((out / "tune.json").read_text())["recommendation"] == document["recommendation"]
+    assert (out / "report.html").stat().st_size > 10_000
     assert document["recommendation"]["name"] in summary(document) or "do not quantize" in summary(document)
-    parts = [
-        (tmp_path / "out" / "data" / f"{p}.jsonl").read_text() for p in ("calibration", "selection", "confirmation")
-    ]
+    parts = [(out / "data" / f"{p}.jsonl").read_text() for p in ("calibration", "selection", "confirmation")]
     assert len(set(parts)) == 3
+
+    jobs: list[str] = []
+    monkeypatch.setattr("lowbit.tuning.run.run_job", lambda request, _limits: jobs.append(request["job"]))
+    again = tune(tiny, out, text, candidates=[first[0], first[2]], repeats=1, max_ppl_increase=10, resume=True)
+    assert jobs == []
+    assert [c["evaluate"] for c in again["candidates"]] == [
+        by_name[n]["evaluate"] for n in ("w8a8-rtn", "w4a16-g32-gptq")
+    ]
+    with pytest.raises(InputError, match="made with another seed"):
+        tune(tiny, out, text, candidates=first, repeats=1, resume=True, seed=1)
+
+
+def in_this_process(request: dict[str, Any], _limits: JobLimits) -> Any:
+    try:
+        return json.loads(json.dumps(answer(request)))
+    except LowbitError as error:
+        raise JobError(str(error)) from error
+
+
+@pytest.mark.model
+def test_a_candidate_is_made_in_a_process_of_its_own(tiny: Path, tmp_path: Path) -> None:
+    request = {
+        "job": "quantize", "model": str(tiny), "output": str(tmp_path / "q"), "resume": False, "verbosity": 0,
+        "words": {"scheme": "w4a16-g32", "method": "rtn"},
+    }  # fmt: skip
+    assert run_job(request, JobLimits())["bits_per_weight"] == pytest.approx(4.5)
+    assert (tmp_path / "q" / "lowbit.json").exists()
+    with pytest.raises(JobError, match="does not divide"):
+        run_job(request | {"output": str(tmp_path / "r"), "words": {"scheme": "w4a16", "method": "rtn"}}, JobLimits())
+
+
+def fake_bench(models: list[str], *, against: str | None = None, **_words: Any) -> dict[str, Any]:
+    """Timings are of no interest here; whatever is quantized is twice as fast."""
+    bench = candidate("x", 1.0, 0.0)["bench"] | {"throughput_tokens_per_s": 1.0, "mbu": 0.5}
+    names = [str(against), *models]
+    return {
+        "peak_bandwidth_bytes_per_s": 1e10,
+        "results": [bench | {"model": n, "scenario": {}} for n in names],
+        "ratios": [candidate("x", 2.0, 0.0)["ratio"] | {"model": n} for n in models],
+        "grid": [],
+    }
 
 
 def test_bad_input(tiny: Path, text_file: Path, tmp_path: Path) -> None:

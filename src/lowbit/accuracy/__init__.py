@@ -5,10 +5,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from lowbit.accuracy.domain import domain_distance, warning
 from lowbit.accuracy.measure import Scores, cut_windows, measure
 from lowbit.artifact import MANIFEST, read_manifest, write_json
 from lowbit.calibration import read_documents, tokenize
+from lowbit.console import note
 from lowbit.errors import InputError
+from lowbit.intervals import kl_difference, mcnemar, mean_interval, perplexity_ratio
 from lowbit.model.checkpoint import DEMO, open_checkpoint
 from lowbit.model.load import load_tokenizer
 from lowbit.runtime.base import Engine
@@ -25,6 +30,7 @@ def evaluate(
     *,
     against: str | Path | None = None,
     seq_len: int | None = None,
+    windows: int | None = None,
     runtime: Runtime = "auto",
     max_ppl_increase: float | None = None,
     max_kl: float | None = None,
@@ -32,7 +38,8 @@ def evaluate(
     """The `evaluate` document of `models` against the float32 original, on a .txt or .jsonl file.
 
     `against` defaults to the model that a lowbit output was made from. `max_ppl_increase` (0.01 is 1 %) and `max_kl`
-    are gates: each result's `gates` says whether it met them. A lowbit output gets its result as evaluate.json.
+    are gates: each result's `gates` says whether it met them. `windows` takes only so many, spread evenly over the
+    text. A lowbit output gets its result as evaluate.json.
     """
     if not models:
         raise InputError("no model to evaluate: give at least one.")
@@ -50,7 +57,9 @@ def evaluate(
     window = seq_len or min(reference.context_length, MAX_DEFAULT_WINDOW)
     if window > reference.context_length:
         raise InputError(f"--seq-len {window} exceeds the model's context ({reference.context_length}).")
-    windows = cut_windows(ids, window, label)
+    cut = cut_windows(ids, window, label)
+    if windows is not None and windows < len(cut):
+        cut = cut[np.linspace(0, len(cut) - 1, windows).round().astype(int)]
 
     floor_engine = load(original, runtime)
     engines = [load(m, runtime) for m in models]
@@ -59,7 +68,7 @@ def evaluate(
             raise InputError(
                 f"{name}: has {engine.vocab_size} tokens and the reference {reference.vocab_size}: not comparable."
             )
-    scores = measure(reference.logits, [e.logits for e in (floor_engine, *engines)], windows, reference.vocab_size)
+    scores = measure(reference.logits, [e.logits for e in (floor_engine, *engines)], cut, reference.vocab_size)
     truth, floor = scores[0], scores[1]
     results = [
         _result(str(name), engine, own, truth, max_ppl_increase, max_kl)
@@ -68,21 +77,57 @@ def evaluate(
     document = {
         "text": label,
         "seq_len": window,
-        "windows": len(windows),
-        "tokens": windows.numel(),
-        "reference": {"model": original.name, "perplexity": truth.perplexity, "runtime": reference.runtime},
+        "windows": len(cut),
+        "tokens": cut.numel(),
+        "reference": {
+            "model": original.name,
+            "perplexity": truth.perplexity,
+            "runtime": reference.runtime,
+            "per_window": {"nll": truth.nll.tolist()},
+        },
         "noise_floor": {
-            "kl": floor.kl.mean(),
-            "top1_agreement": floor.agreement.mean(),
+            "kl": float(floor.kl.mean()),
+            "top1_agreement": float(floor.agreement.mean()),
             "perplexity": floor.perplexity,
             "runtime": floor_engine.runtime,
         },
         "results": results,
+        "comparisons": _comparisons([str(m) for m in models], scores[2:]),
     }
     for name, result in zip(models, results, strict=True):
+        result["domain"] = _domain(Path(name), ids, tokenizer)
         if (Path(name) / MANIFEST).exists():
-            write_json(Path(name) / "evaluate.json", document | {"results": [result]})
+            write_json(Path(name) / "evaluate.json", document | {"results": [result], "comparisons": []})
     return document
+
+
+def _domain(model: Path, ids: np.ndarray, tokenizer: Any) -> dict[str, Any] | None:
+    """How far this text is from what the model was calibrated on, where that can still be read."""
+    source = (read_manifest(model)["calibration"] or {}).get("source") if (model / MANIFEST).exists() else None
+    if source is None or not Path(source).is_file():
+        return None
+    found = domain_distance(tokenize("\n".join(read_documents(Path(source), tokenizer)), tokenizer), ids)
+    if said := warning(found):
+        note(f"warning: {model}: {said}")
+    return found
+
+
+def _comparisons(names: list[str], scores: Sequence[Scores]) -> list[dict[str, Any]]:
+    """The model with the least KL against each other one, window by window: is it really the best?"""
+    if len(names) < 2:
+        return []
+    best = min(range(len(names)), key=lambda i: scores[i].kl.mean())
+    return [
+        {
+            "model": names[best],
+            "against": name,
+            "kl_difference": kl_difference(scores[best].kl, own.kl).to_dict(),
+            "perplexity_ratio": perplexity_ratio(scores[best].nll, own.nll).to_dict(),
+            "mcnemar": mcnemar(scores[best].right, own.right),
+        }
+        for i, (name, own) in enumerate(zip(names, scores, strict=True))
+        if i != best
+    ]
 
 
 def _origin(model: str | Path) -> str:
@@ -112,8 +157,12 @@ def _result(
         "perplexity": own.perplexity,
         "perplexity_increase": increase,
         "perplexity_increase_stderr": Scores.stderr(ratio) * math.exp(ratio.mean()),
-        "kl": {"mean": kl, "stderr": Scores.stderr(own.kl)},
+        "perplexity_ratio": perplexity_ratio(own.nll, truth.nll).to_dict(),
+        "kl": {"mean": kl, "stderr": Scores.stderr(own.kl), "interval": mean_interval(own.kl).to_dict()},
         "top1_agreement": float(own.agreement.mean()),
+        "next_token_accuracy": float(own.right.mean()),
+        "mcnemar": mcnemar(own.right, truth.right),
+        "per_window": {"nll": own.nll.tolist(), "kl": own.kl.tolist()},
         "tasks": {},
         "gates": [
             {"gate": gate, "limit": limit, "value": value, "met": value <= limit}

@@ -25,6 +25,7 @@ class Scores:
     nll: np.ndarray  # mean negative log-likelihood
     kl: np.ndarray  # mean KL(reference || model), nats
     agreement: np.ndarray  # share of positions with the reference's argmax
+    right: np.ndarray  # bool (windows, positions): the likeliest token is the one that follows in the text
 
     @property
     def perplexity(self) -> float:
@@ -50,7 +51,7 @@ def cut_windows(ids: np.ndarray, seq_len: int, source: str) -> Tensor:
 def measure(reference: Logits, models: Sequence[Logits], windows: Tensor, vocabulary: int) -> list[Scores]:
     """Scores of the reference itself and of each model, all on the same windows in one pass."""
     batch = max(1, int(_BATCH_BYTES / (windows.shape[1] * vocabulary * 4)))
-    rows: list[list[tuple[Tensor, Tensor, Tensor]]] = [[] for _ in range(len(models) + 1)]
+    rows: list[list[tuple[Tensor, ...]]] = [[] for _ in range(len(models) + 1)]
     batches = windows.split(batch)
     for tokens in track(batches, "evaluating", len(batches)):
         truth = reference(tokens)[:, :-1].log_softmax(-1)
@@ -59,5 +60,7 @@ def measure(reference: Logits, models: Sequence[Logits], windows: Tensor, vocabu
             own = truth if logits is None else logits(tokens)[:, :-1].log_softmax(-1)
             nll = -own.gather(-1, tokens[:, 1:, None]).squeeze(-1)
             kl = (likely * (truth - own)).sum(-1)
-            rows[n].append((nll.double().mean(1), kl.double().mean(1), (own.argmax(-1) == best).double().mean(1)))
+            top = own.argmax(-1)
+            agreement = (top == best).double().mean(1)
+            rows[n].append((nll.double().mean(1), kl.double().mean(1), agreement, top == tokens[:, 1:]))
     return [Scores(*(torch.cat(column).numpy() for column in zip(*parts, strict=True))) for parts in rows]

@@ -16,11 +16,12 @@ from lowbit.cli.options import (
     megabytes,
     numbers,
     percent,
+    seconds,
     table,
 )
 from lowbit.errors import QualityGateError
 
-Models = Annotated[list[str], typer.Argument(help="Model directories, hub ids or 'demo'.")]
+Models = Annotated[list[str], typer.Argument(help="Model directories, hub ids, 'demo', or for bench URLs.")]
 Against = Annotated[str | None, typer.Option(help="The model to compare with.")]
 
 
@@ -75,7 +76,17 @@ def accuracy_table(document: dict[str, Any]) -> str:
             ]
         )
     head = f"{document['text']}: {document['tokens']} tokens in {document['windows']} windows of {document['seq_len']}"
-    return head + "\n" + table(["model", "perplexity", "increase", "KL", "same top token", "runtime"], rows)
+    shown = head + "\n" + table(["model", "perplexity", "increase", "KL", "same top token", "runtime"], rows)
+    return "\n".join([shown, *map(_comparison, document["comparisons"])])
+
+
+def _comparison(c: dict[str, Any]) -> str:
+    d = c["kl_difference"]
+    verdict = "closer to the original than" if d["high"] < 0 else "not outside the noise against"
+    return (
+        f"{c['model']}: {verdict} {c['against']}, KL {d['estimate']:+.5f} "
+        f"({d['confidence']:.0%}: {d['low']:+.5f} to {d['high']:+.5f})"
+    )
 
 
 def bench(
@@ -85,15 +96,26 @@ def bench(
     output_lengths: Annotated[str, typer.Option(metavar="N,...", help="Generated tokens.")] = "64",
     batch_sizes: Annotated[str, typer.Option(metavar="N,...", help="Sequences at once.")] = "1",
     repeats: Annotated[int, typer.Option(help="Counted runs of each, after one warm-up.")] = 5,
+    precision: Annotated[
+        str | None, typer.Option(metavar="2%", help="Go on until the ratios' intervals are this narrow (at most 4 x).")
+    ] = None,
+    requests: Annotated[int, typer.Option(help="Of a server (URL): requests a scenario.")] = 32,
+    rate: Annotated[
+        float | None, typer.Option(help="Of a server: requests a second, at random (default: as fast as it answers).")
+    ] = None,
+    max_ttft: Annotated[str | None, typer.Option(metavar="200ms", help="Of a server: limit for goodput.")] = None,
+    max_tpot: Annotated[str | None, typer.Option(metavar="20ms", help="Of a server: limit for goodput.")] = None,
     runtime: Runtime = "auto",
     seed: Seed = 0,
     json: Json = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Measure speed and memory, models taking turns."""
+    """Measure speed and memory, models taking turns; or a server by its URL, under load."""
     begin(quiet, verbose)
     kind = check_runtime(runtime)
+    first, each = seconds(max_ttft, "--max-ttft"), seconds(max_tpot, "--max-tpot")
+    from lowbit.speed import Load
     from lowbit.speed import bench as run
 
     document = run(
@@ -103,31 +125,56 @@ def bench(
         output_lengths=numbers(output_lengths, "--output-lengths"),
         batch_sizes=numbers(batch_sizes, "--batch-sizes"),
         repeats=repeats,
+        precision=percent(precision, "--precision"),
+        load=Load(requests, rate=rate, max_ttft=first, max_tpot=each),
         runtime=kind,
         seed=seed,
     )
     finish("bench", document, json, speed_table(document), seed)
 
 
+def _ratio(ratio: dict[str, Any]) -> str:
+    interval = (ratio["intervals"] or {}).get("tpot")
+    around = f" ({interval['low']:.2f} to {interval['high']:.2f})" if interval else ""
+    return f"{ratio['tpot']:.2f}x{around}"
+
+
 def speed_table(document: dict[str, Any]) -> str:
     rows = []
     for r in document["results"]:
         s = r["scenario"]
-        ratio = next((q["tpot"] for q in document["ratios"] if q["model"] == r["model"] and q["scenario"] == s), None)
+        ratio = next((q for q in document["ratios"] if q["model"] == r["model"] and q["scenario"] == s), None)
         rows.append(
             [
                 r["model"],
                 f"{s['prompt_length']}+{s['output_length']} x {s['batch_size']}",
                 f"{r['ttft_s']['median'] * 1e3:.1f} ms",
                 f"{r['tpot_s']['median'] * 1e3:.2f} ms",
-                "" if ratio is None else f"{ratio:.2f}x",
+                "" if ratio is None else _ratio(ratio),
                 f"{r['throughput_tokens_per_s']:.0f}",
-                f"{r['mbu']:.0%}",
-                megabytes(r["weight_bytes"]),
-                megabytes(r["peak_memory_bytes"]),
+                "" if r["mbu"] is None else f"{r['mbu']:.0%}",
+                "" if r["weight_bytes"] is None else megabytes(r["weight_bytes"]),
+                "" if r["peak_memory_bytes"] is None else megabytes(r["peak_memory_bytes"]),
             ]
         )
     headers = ["model", "tokens x batch", "TTFT", "TPOT", "speed-up", "tokens/s", "MBU", "weights", "peak memory"]
     runtimes = "\n".join(dict.fromkeys(f"{r['model']}: {r['runtime']}" for r in document["results"]))
+    served = [_load_line(r) for r in document["results"] if "load" in r]
+    if served:
+        return "\n".join([table(headers, rows), *served])
     peak = f"read bandwidth measured here: {document['peak_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s"
     return table(headers, rows) + "\n" + peak + "\n" + runtimes
+
+
+def _load_line(row: dict[str, Any]) -> str:
+    load, queue = row["load"], row["load"]["queue_s"]
+    gap = load["gap_s"]["p90"]
+    within = f"{load['within_limits']:.0%} within the limits"
+    text = (
+        f"{row['model']}: {load['kind']} loop, {load['requests']} requests, {load['requests_per_s']:.2f} answered a "
+        f"second, goodput {load['goodput_requests_per_s']:.2f} a second ({within}), "
+        f"gap between tokens p90 {gap * 1e3:.1f} ms, client queue p90 {queue['p90'] * 1e3:.1f} ms"
+    )
+    if load["client_bound"]:
+        text += "\n  the load generator was the bottleneck: these are its figures, not the server's"
+    return "\n".join([text, *(f"  {n} failed: {reason}" for reason, n in load["failures"].items())])

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -99,6 +100,29 @@ def numbers(text: str, option: str) -> list[int]:
     except ValueError as error:
         raise InputError(f"{option} {text}: expected whole numbers separated by commas, such as 128,512.") from error
     return values
+
+
+def reals(text: str, option: str) -> list[float]:
+    """'3.5,4.25' -> [3.5, 4.25]."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError as error:
+        raise InputError(f"{option} {text}: expected numbers separated by commas, such as 3.5,4.25.") from error
+
+
+def words(text: str | None) -> list[str]:
+    """'rtn,gptq' -> ['rtn', 'gptq']."""
+    return [part.strip() for part in text.split(",")] if text else []
+
+
+def seconds(text: str | None, option: str) -> float | None:
+    """'200ms', '1.5s', '30min', '2h' or plain seconds -> seconds."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"([0-9]*\.?[0-9]+)(us|ms|s|min|h|)", text.strip())
+    if not found or float(found[1]) <= 0:
+        raise InputError(f"{option} {text}: expected a time above 0 such as 20ms, 1.5s or 30min.")
+    return float(found[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0, "": 1.0, "min": 60.0, "h": 3600.0}[found[2]]
 
 
 def size(text: str | None, option: str) -> int | None:

@@ -12,7 +12,9 @@ from lowbit.errors import InputError
 def quantize(
     model: Annotated[str, typer.Argument(help="A Hugging Face directory, a hub id, or 'demo'.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The directory to make.")],
-    scheme: Annotated[str | None, typer.Option(help="What to store: w4a16, w3a16-g64-asym, w8a8, fp8, ...")] = None,
+    scheme: Annotated[
+        str | None, typer.Option(help="What to store: w4a16, w3a16-g64-asym, w8a8, fp8, auto:3.5, ...")
+    ] = None,
     method: Annotated[str | None, typer.Option(help="How to round: rtn or gptq.")] = None,
     calibration: Annotated[str | None, typer.Option(metavar="FILE|hub:NAME", help="Text to calibrate on.")] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration windows (default 128).")] = None,
@@ -34,8 +36,8 @@ def quantize(
 ) -> None:
     """Store a model's linear layers in fewer bits."""
     begin(quiet, verbose)
-    from lowbit.pipeline import quantize as run
-    from lowbit.recipe import Recipe, read_recipe
+    from lowbit.recipe import read_recipe
+    from lowbit.tuning.mixed import quantize as run
 
     if resume and force:
         raise InputError("--resume finishes an interrupted run and --force throws it away: give one of them.")
@@ -52,9 +54,8 @@ def quantize(
         "set": _pairs(set_, "--set", "KEY=VALUE") if set_ else None,
     }
     words |= {k: v for k, v in given.items() if v is not None}
-    whole = Recipe(**words)
-    document = run(model, output, whole, resume=resume, force=force)
-    finish("quantize", document, json, summary(document), whole.seed)
+    document = run(model, output, resume=resume, force=force, **words)
+    finish("quantize", document, json, summary(document), words.get("seed", 0))
 
 
 def _pairs(items: list[str], option: str, form: str) -> tuple[tuple[str, str], ...]:
@@ -78,6 +79,10 @@ def summary(document: dict[str, Any]) -> str:
     )
     if plain:
         text += f"\noutput error {loss / plain:.0%} of round-to-nearest's"
+    if "allocation" in document:
+        text += (
+            f"\nexpected KL {document['allocation']['expected_kl']:.5f}; choices: {document['output']}/allocation.json"
+        )
     for r in fallbacks:
         text += f"\nfallback: {r['name']}: {r['fallback']}"
     return text

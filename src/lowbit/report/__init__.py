@@ -2,6 +2,7 @@
 
     view.py            the document -> words and numbers of the page; nothing in it may be missing from a template
     template.html.j2   the page;  page.css  its looks;  page.js  the picture and the copy buttons
+    whatif.js          the section that computes costs and times for what the reader chooses
     echarts.min.js     Apache ECharts, as released; its licence is echarts.LICENSE
 
 Names, prompts and generated text are hostile until escaped. Three walls: Jinja escapes all that is shown, the data
@@ -37,9 +38,12 @@ def _render(document: dict[str, Any]) -> str:
     )
     scripts = {name: (_HERE / name).read_text(encoding="utf-8") for name in ("echarts.min.js", "page.js")}
     page = view(document)
+    if page["whatif"]:
+        scripts["whatif.js"] = (_HERE / "whatif.js").read_text(encoding="utf-8")
     return environment.get_template("template.html.j2").render(
         page,
         data=_json(page["chart"]),
+        whatif_json=_json(page["whatif"]),
         css=Markup((_HERE / "page.css").read_text(encoding="utf-8")),
         scripts=[Markup(text) for text in scripts.values()],
         policy=_policy(scripts.values()),

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from lowbit.report.figures import chart_of, chart_words, heatmap
+from lowbit.report.whatif import whatif_data
 from lowbit.report.words import (
     NONE,
     Z95,
@@ -58,6 +59,7 @@ def view(document: dict[str, Any]) -> dict[str, Any]:
         "samples": [_sample(s, [c.get("name") for c in first]) for s in document.get("samples") or []],
         "facts": _facts(document, original, chosen),
         "floor": _floor(original),
+        "whatif": whatif_data(document),
         "reproduce": _reproduce(document),
         "deploy": _deploy(document, chosen),
     }
@@ -171,7 +173,7 @@ def _candidate_row(c: dict[str, Any], chosen: bool) -> dict[str, Any]:
     e, b = c.get("evaluate"), c.get("bench")
     increase, kl = get(e, "perplexity_increase"), get(e, "kl", "mean")
     spread = interval95(increase, get(e, "perplexity_increase_stderr"), signed)
-    low, high = get(c, "ratio", "tpot_range") or (None, None)
+    low, high = (get(c, "ratio", "intervals", "tpot", end) for end in ("low", "high"))
     speed, error = number(get(c, "ratio", "tpot")), number(get(e, "kl", "stderr"))
     bits, memory = get(c, "quantize", "bits_per_weight"), get(c, "quantize", "peak_memory_bytes")
     bench = _bench_cells(b)

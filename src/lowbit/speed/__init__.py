@@ -11,7 +11,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,10 +21,16 @@ import numpy as np
 from lowbit.artifact import MANIFEST, write_json
 from lowbit.console import track
 from lowbit.errors import InputError, LowbitError
+from lowbit.intervals import CONFIDENCE, median_interval
 from lowbit.model.checkpoint import open_checkpoint
 from lowbit.speed.bandwidth import measure_bandwidth
+from lowbit.speed.load import Load, load_test
+from lowbit.speed.stream import is_url
 
-__all__ = ["Scenario", "bench"]
+__all__ = ["Load", "Scenario", "bench"]
+
+GRID_REPEATS = 2
+MOST_ROUNDS = 4  # times as many rounds as asked for, while waiting for a narrow interval
 
 
 @dataclass(frozen=True)
@@ -84,10 +90,21 @@ def bench(
     output_lengths: Sequence[int] = (64,),
     batch_sizes: Sequence[int] = (1,),
     repeats: int = 5,
+    precision: float | None = None,
+    grid: Sequence[Scenario] = (),
+    load: Load | None = None,
     runtime: str = "auto",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """The `bench` document of `models`, and the ratios to `against` (above 1: better than it)."""
+    """The `bench` document of `models`, and the ratios to `against` (above 1: better than it).
+
+    With `precision` (0.02 is 2 %), rounds go on after `repeats` until half the interval of every model's ratio (of
+    its time per token, without `against`) is within it, or until MOST_ROUNDS times as many have run. `grid` are more
+    scenarios, run GRID_REPEATS times each, for a model of times at other sizes; their rows are the document's `grid`.
+
+    A model may be the URL of an OpenAI-compatible server: then `load` says how it is asked (speed/load.py), by default
+    as many clients at once as the batch size.
+    """
     scenarios = [Scenario(p, o, b) for p in prompt_lengths for o in output_lengths for b in batch_sizes]
     for name, values, least in (
         ("prompt length", prompt_lengths, 1), ("output length", output_lengths, 2), ("batch size", batch_sizes, 1),
@@ -97,12 +114,18 @@ def bench(
             raise InputError(f"a {name} must be at least {least}, got {min(values, default='none')}.")
     names = [str(m) for m in ([] if against is None else [against]) + list(models)]
     names = list(dict.fromkeys(names))
+    if any(map(is_url, names)):
+        if not all(map(is_url, names)):
+            raise InputError("servers and model directories are not measured alike: give only URLs, or only models.")
+        served = [_serve(name, s, load or Load(), seed) for s in scenarios for name in names]
+        return _served_document(served, None if against is None else str(against), repeats)
     for name in names:
         open_checkpoint(name)  # refuse before anything starts
     peak = measure_bandwidth()
     with ExitStack() as stack:
         workers = [stack.enter_context(Worker(name, runtime)) for name in names]
-        runs = _alternate(workers, scenarios, repeats, seed)
+        runs = _alternate(workers, scenarios, repeats, seed, precision)
+        rough = _alternate(workers, list(grid), GRID_REPEATS, seed)
     results = [
         _result(worker, scenario, runs[worker.model, scenario], peak) for scenario in scenarios for worker in workers
     ]
@@ -111,27 +134,64 @@ def bench(
         "repeats": repeats,
         "results": results,
         "ratios": [] if against is None else _ratios(results, str(against), scenarios),
+        "grid": [_result(worker, s, rough[worker.model, s], peak) for s in grid for worker in workers],
     }
     for name in names:
         if (Path(name) / MANIFEST).exists():
             mine = [r for r in results if r["model"] == name]
             ratios = [r for r in document["ratios"] if r["model"] == name]  # type: ignore[attr-defined]
-            write_json(Path(name) / "bench.json", document | {"results": mine, "ratios": ratios})
+            write_json(Path(name) / "bench.json", document | {"results": mine, "ratios": ratios, "grid": []})
     return document
 
 
+def _serve(name: str, scenario: Scenario, load: Load, seed: int) -> dict[str, Any]:
+    load = replace(load, concurrency=scenario.batch_size)
+    return load_test(name, scenario.prompt_length, scenario.output_length, load, seed)
+
+
+def _served_document(rows: list[dict[str, Any]], against: str | None, repeats: int) -> dict[str, Any]:
+    """The document of servers: what they weigh cannot be seen from here, and they are not measured in turns."""
+    ratios = []
+    for row in rows:
+        same = (r for r in rows if r["model"] == against and r["scenario"] == row["scenario"])
+        base = next(same, None)
+        if base is not None and base is not row:
+            ratio: dict[str, Any] = {"model": row["model"], "against": against, "scenario": row["scenario"]}
+            ratio |= {k: base[f"{k}_s"]["median"] / row[f"{k}_s"]["median"] for k in ("ttft", "tpot")}
+            ratio["throughput"] = row["throughput_tokens_per_s"] / base["throughput_tokens_per_s"]
+            ratios.append(ratio | {"memory": None, "intervals": None})
+    return {"peak_bandwidth_bytes_per_s": None, "repeats": repeats, "results": rows, "ratios": ratios, "grid": []}
+
+
 def _alternate(
-    workers: list[Worker], scenarios: list[Scenario], repeats: int, seed: int
+    workers: list[Worker], scenarios: list[Scenario], repeats: int, seed: int, precision: float | None = None
 ) -> dict[tuple[str, Scenario], list[dict[str, Any]]]:
     """All runs of every model and scenario; the first round of each scenario warms up and is dropped."""
     runs: dict[tuple[str, Scenario], list[dict[str, Any]]] = {(w.model, s): [] for w in workers for s in scenarios}
-    rounds = [(s, r) for s in scenarios for r in range(repeats + 1)]
-    for scenario, r in track(rounds, "benchmarking", len(rounds)):
+
+    def play(scenario: Scenario, r: int) -> None:
         for worker in workers:
             reply = worker.ask(asdict(scenario) | {"seed": seed + r})
             if r > 0:
                 runs[worker.model, scenario].append(reply)
+
+    rounds = [(s, r) for s in scenarios for r in range(repeats + 1)]
+    for scenario, r in track(rounds, "benchmarking", len(rounds)):
+        play(scenario, r)
+    if precision is not None:
+        for scenario in scenarios:
+            for r in range(repeats + 1, repeats * MOST_ROUNDS + 1):
+                if _widest([runs[w.model, scenario] for w in workers]) <= precision:
+                    break
+                play(scenario, r)
     return runs
+
+
+def _widest(runs: Sequence[Sequence[dict[str, Any]]]) -> float:
+    """The widest half interval of a median, relative: of each model's time per token over the first model's."""
+    times = [np.array([r["tpot_s"] for r in own]) for own in runs]
+    intervals = [median_interval(times[0] / own) for own in times[1:]] or [median_interval(times[0])]
+    return max(i.half_width if i.confidence >= CONFIDENCE else float("inf") for i in intervals)
 
 
 def _result(worker: Worker, scenario: Scenario, runs: list[dict[str, Any]], peak: float) -> dict[str, Any]:
@@ -148,10 +208,17 @@ def _result(worker: Worker, scenario: Scenario, runs: list[dict[str, Any]], peak
         "throughput_tokens_per_s": scenario.batch_size * scenario.output_length / float(np.median(ends)),
         "mbu": read / float(np.median(tpots)) / peak,
         "weight_bytes": worker.facts["weight_bytes"],
+        "kv_bytes_per_context_token": _kv_bytes(scenario, runs[-1]),
         "peak_memory_bytes": memory,
         "memory_above_import_bytes": memory - runs[-1]["baseline_memory_bytes"],
         "runs": {k: [r[k] for r in runs] for k in ("ttft_s", "tpot_s", "e2e_s")},
     }
+
+
+def _kv_bytes(scenario: Scenario, run: dict[str, Any]) -> float:
+    """Bytes of cache that a step reads for one token of one sequence's context."""
+    context = scenario.prompt_length + scenario.output_length // 2
+    return float(run["kv_bytes_per_token"] / (scenario.batch_size * context))
 
 
 def _summary(values: list[float]) -> dict[str, float | None]:
@@ -179,7 +246,10 @@ def _ratios(results: list[dict[str, Any]], against: str, scenarios: list[Scenari
                     "tpot": float(np.median(pairs["tpot_s"])),
                     "throughput": float(np.median(pairs["e2e_s"])),
                     "memory": base["peak_memory_bytes"] / row["peak_memory_bytes"],
-                    "tpot_range": [float(pairs["tpot_s"].min()), float(pairs["tpot_s"].max())],
+                    "intervals": {
+                        key: median_interval(pairs[runs]).to_dict()
+                        for key, runs in (("ttft", "ttft_s"), ("tpot", "tpot_s"), ("throughput", "e2e_s"))
+                    },
                 }
             )
     return ratios

@@ -1,12 +1,18 @@
 """tune: quantize in several ways, measure each on the user's text and machine, recommend one, or none.
 
-1. split the text: calibration, selection, confirmation (split.py)
-2. quantize every candidate, calibrated on the first part only
-3. accuracy of all on the other two, speed of all in turns with the original
-4. decide (decide.py), and write tune.json and report.html
+1. split the text: calibration, selection, confirmation                       split.py
+2. say what is to be expected, and in that order quantize every candidate,
+   each in a process of its own, calibrated on the first part only            advice.py, run.py, isolate.py
+3. with many candidates: accuracy on few windows, the better half on more     halving.py
+4. accuracy of the rest on the other two parts, speed of them in turns with the original
+5. decide (decide.py), and write tune.json and report.html
+
+What is finished is kept: with resume=True an interrupted run goes on, and more candidates can be added to one.
 """
 
+import hashlib
 import shutil
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,24 +20,29 @@ from typing import Any
 import torch
 
 import lowbit
-from lowbit.accuracy import evaluate
-from lowbit.artifact import check_output, disk_errors, write_json
+from lowbit.accuracy.domain import domain_distance, warning
+from lowbit.artifact import disk_errors, write_json
 from lowbit.calibration import read_documents, tokenize
 from lowbit.console import note
 from lowbit.environment import environment
-from lowbit.errors import InputError, LowbitError, nearest
-from lowbit.model.checkpoint import DEMO, open_checkpoint
+from lowbit.errors import InputError, nearest
+from lowbit.model.checkpoint import DEMO, Checkpoint, open_checkpoint
 from lowbit.model.load import load_tokenizer
-from lowbit.pipeline import quantize
-from lowbit.recipe import Recipe
 from lowbit.report import write_report
+from lowbit.report.catalog import read_catalog
 from lowbit.runtime.engine import load
-from lowbit.speed import bench
-from lowbit.tuning.decide import OBJECTIVES, Limits, pareto, recommend, verdict
-from lowbit.tuning.split import write_split
+from lowbit.tuning.advice import Situation, Task, expect, guess_device
+from lowbit.tuning.candidates import Candidate, make_candidates
+from lowbit.tuning.decide import OBJECTIVES, Limits, measured, pareto, recommend, verdict
+from lowbit.tuning.isolate import JobLimits
+from lowbit.tuning.run import Job, Notebook, measure_accuracy, measure_speed, narrow, quantize_all
+from lowbit.tuning.split import Split, write_split
+from lowbit.tuning.summary import summary
 
-CANDIDATES = (("rtn", "w8a8"), ("gptq", "w8a8"), ("rtn", "w4a16"), ("gptq", "w4a16"))
+__all__ = ["summary", "tune"]
+
 SAMPLES, SEQ_LEN = 128, 512
+PRECISION = 0.03  # half the interval of a speed-up that ends its measuring
 _SAMPLE_TOKENS = 48
 
 
@@ -40,78 +51,62 @@ def tune(
     output: str | Path,
     text: str | Path | None = None,
     *,
-    max_ppl_increase: float = 0.01,
-    max_memory: int | None = None,
-    optimize: str = "tpot",
+    calibration: str | Path | None = None,
+    candidates: Sequence[Candidate] | None = None,
+    job_limits: JobLimits | None = None,
+    task: Task | None = None,
+    catalog: str | Path | None = None,
     repeats: int = 5,
     seed: int = 0,
+    resume: bool = False,
     force: bool = False,
+    **limits: Any,
 ) -> dict[str, Any]:
     """The `tune` document: candidates with what was measured, the Pareto set and one recommendation.
 
     Everything goes under `output`: candidates/NAME (loadable), data/ (the split), tune.json, report.html.
+    `catalog` adds prices of hosted models and hardware to the report (report/catalog.py).
+    `calibration` replaces the calibration part of the user's own text. `job_limits` hold for each candidate's jobs;
+    `limits` are the words of decide.Limits (max_ppl_increase=0.01, max_memory=..., optimize="tpot", ...).
     """
     output = Path(output).absolute()  # candidates are named by where they lie, wherever the user stands later
-    if optimize not in OBJECTIVES:
-        raise InputError(f"--optimize {optimize}: {nearest(optimize, OBJECTIVES)}")
-    limits = Limits(max_ppl_increase, max_memory, optimize)
-    check_output(output, resume=False, force=force)
+    wanted = Limits(**limits)
+    if wanted.optimize not in OBJECTIVES:
+        raise InputError(f"--optimize {wanted.optimize}: {nearest(wanted.optimize, OBJECTIVES)}")
+    _check_output(output, resume=resume, force=force)
+    prices = read_catalog(None if catalog is None else Path(catalog))
     checkpoint = open_checkpoint(model)
     own_text = text
     if text is None:
         if checkpoint.path != DEMO / "model":
             raise InputError("tune measures on your own text: --text FILE (.txt or .jsonl).")
         text = DEMO / "evaluation.txt"
+    if candidates is None:
+        candidates = make_candidates(small=checkpoint.path == DEMO / "model")
     tokenizer = load_tokenizer(checkpoint)
-    documents = read_documents(Path(text), tokenizer)
-    with disk_errors(output):
-        if output.exists():
-            shutil.rmtree(output)
-        output.mkdir(parents=True)
-        split = write_split(documents, seed, output / "data")
-    tokens = {
-        part: sum(len(tokenize(d, tokenizer)) for d in read_documents(getattr(split, part), tokenizer))
-        for part in ("calibration", "selection", "confirmation")
+    notebook = _begin(output, checkpoint, Path(text), seed, resume)
+    split, tokens, window, domain = _texts(output, Path(text), calibration, tokenizer, checkpoint, seed)
+    situation = Situation(guess_device(), task=task)
+    expected = expect(situation, [c.scheme for c in candidates])
+    order = [row["scheme"] for row in expected]
+    words = {
+        "calibration": str(calibration or split.calibration),
+        "samples": min(SAMPLES, tokens["calibration"] // window),
+        "seq_len": window,
+        "seed": seed,
     }
-    window = min(SEQ_LEN, int(checkpoint.config.get("max_position_embeddings") or SEQ_LEN))
-    if min(tokens.values()) < 2 * window:
-        raise InputError(
-            f"{text}: too short to split: {tokens} tokens, and each part needs two windows of {window} at least."
-        )
+    job = Job(str(model), output, words, split, window, job_limits or JobLimits(), resume)
+    rows = quantize_all(job, sorted(candidates, key=lambda c: order.index(c.scheme)), notebook)
+    if not measured(rows):
+        raise InputError(f"no candidate could be made: {rows[0]['error']}")
+    narrow(job, rows, wanted, notebook)
+    accuracy = measure_accuracy(job, rows, notebook)
+    speed = measure_speed(job, rows, repeats, PRECISION, seed)
+    for c in rows:
+        c["verdict"] = verdict(c, wanted)
 
-    samples = min(SAMPLES, tokens["calibration"] // window)
-    candidates = []
-    for method, scheme in CANDIDATES:
-        name = f"{scheme}-{method}"
-        path = output / "candidates" / name
-        candidate: dict[str, Any] = {"name": name, "scheme": scheme, "method": method, "path": str(path), "error": None}
-        recipe = Recipe(
-            scheme=scheme, method=method, calibration=str(split.calibration), samples=samples, seq_len=window, seed=seed
-        )
-        note(f"{name}:")
-        try:
-            candidate["quantize"] = quantize(model, path, recipe)
-        except LowbitError as error:
-            candidate["error"] = str(error)
-        candidates.append(candidate)
-    made = [c for c in candidates if not c["error"]]
-    if not made:
-        raise InputError(f"no candidate could be made: {candidates[0]['error']}")
-
-    paths = [c["path"] for c in made]
-    measured = {
-        part: evaluate(paths, getattr(split, part), against=model, seq_len=window)
-        for part in ("selection", "confirmation")
-    }
-    speed = bench(paths, against=model, repeats=repeats, seed=seed)
-    for c, chosen, reported in zip(made, *(m["results"] for m in measured.values()), strict=True):
-        c["selection"], c["evaluate"] = chosen, reported
-        c["bench"] = next(r for r in speed["results"] if r["model"] == c["path"])
-        c["ratio"] = next(r for r in speed["ratios"] if r["model"] == c["path"])
-    for c in candidates:
-        c["verdict"] = verdict(c, limits)
-
-    confirmation = measured["confirmation"]
+    original = None if speed is None else next(r for r in speed["results"] if r["model"] == str(model))
+    confirmation = accuracy["confirmation"]
     document = {
         "lowbit_version": lowbit.__version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -122,26 +117,80 @@ def tune(
         "text": None if own_text is None else str(own_text),
         "repeats": repeats,
         "seq_len": window,
-        "calibration_samples": samples,
-        "windows": measured["confirmation"]["windows"],
-        "limits": {"max_ppl_increase": max_ppl_increase, "max_memory": max_memory, "optimize": optimize},
+        "calibration_samples": words["samples"],
+        "windows": confirmation["windows"],
+        "limits": vars(wanted),
         "split": {f"{part}_tokens": n for part, n in tokens.items()},
+        "domain": domain,
+        "expected": {"situation": vars(situation), "order": expected},
         "original": {
             "name": str(model),
             "evaluate": confirmation["reference"],
             "noise_floor": confirmation["noise_floor"],
-            "bench": next(r for r in speed["results"] if r["model"] == str(model)),
+            "bench": original,
         },
-        "peak_bandwidth_bytes_per_s": speed["peak_bandwidth_bytes_per_s"],
-        "candidates": candidates,
-        "pareto": pareto(candidates),
-        "recommendation": recommend(candidates, limits),
-        "samples": _samples(str(model), made, split.confirmation, tokenizer),
+        "peak_bandwidth_bytes_per_s": None if speed is None else speed["peak_bandwidth_bytes_per_s"],
+        "grid": [] if speed is None else speed["grid"],
+        "catalog": prices,
+        "candidates": rows,
+        "pareto": pareto(rows),
+        "recommendation": recommend(rows, wanted, original),
+        "samples": _samples(str(model), measured(rows), split.confirmation, tokenizer),
     }
     with disk_errors(output):
         write_json(output / "tune.json", document)
         write_report(document, output / "report.html")
     return document
+
+
+def _check_output(output: Path, *, resume: bool, force: bool) -> None:
+    if resume and force:
+        raise InputError("--resume goes on with what is there and --force throws it away: give one of them.")
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output}: is a file; give the name of a directory to make.")
+    if output.exists() and any(output.iterdir()) and not (resume or force):
+        raise InputError(
+            f"{output}: exists and is not empty. Go on with an interrupted run with --resume, replace it with --force, "
+            "or give another name."
+        )
+
+
+def _begin(output: Path, checkpoint: Checkpoint, text: Path, seed: int, resume: bool) -> Notebook:
+    """An empty output directory, or with `resume` the one that is there, if it is of the same job."""
+    try:
+        digest = hashlib.sha256(text.read_bytes()).hexdigest()
+    except OSError as error:
+        raise InputError(f"{text}: cannot be read ({error.strerror}).") from error
+    identity = {"model": checkpoint.digest, "text": digest, "seed": seed, "lowbit": lowbit.__version__}
+    with disk_errors(output):
+        if output.exists() and not resume:
+            shutil.rmtree(output)
+        output.mkdir(parents=True, exist_ok=True)
+        return Notebook.open(output / "progress.json", identity)
+
+
+def _texts(
+    output: Path, text: Path, calibration: str | Path | None, tokenizer: Any, checkpoint: Checkpoint, seed: int
+) -> tuple[Split, dict[str, int], int, dict[str, Any]]:
+    """The split, its sizes in tokens, the window, and how far the calibration text is from the evaluation text."""
+    documents = read_documents(text, tokenizer)
+    with disk_errors(output):
+        split = write_split(documents, seed, output / "data")
+    parts = ("calibration", "selection", "confirmation")
+    files = {part: Path(getattr(split, part)) for part in parts}
+    if calibration is not None:
+        files["calibration"] = Path(calibration)
+    ids = {p: tokenize("\n".join(read_documents(file, tokenizer)), tokenizer) for p, file in files.items()}
+    tokens = {part: len(ids[part]) for part in parts}
+    window = min(SEQ_LEN, int(checkpoint.config.get("max_position_embeddings") or SEQ_LEN))
+    if min(tokens.values()) < 2 * window:
+        raise InputError(
+            f"{text}: too short to split: {tokens} tokens, and each part needs two windows of {window} at least."
+        )
+    domain = domain_distance(ids["calibration"], ids["selection"], seed)
+    if said := warning(domain):
+        note(f"warning: {said}")
+    return split, tokens, window, domain
 
 
 def _samples(model: str, made: list[dict[str, Any]], text: Path, tokenizer: Any) -> list[dict[str, Any]]:
@@ -155,44 +204,3 @@ def _samples(model: str, made: list[dict[str, Any]], text: Path, tokenizer: Any)
             new = [int(t) for t in engine.stream(torch.from_numpy(prompt.astype("int64"))[None], _SAMPLE_TOKENS)]
             sample["outputs"][name] = tokenizer.decode(new)
     return samples
-
-
-def summary(document: dict[str, Any]) -> str:
-    """The table and the answer, for a terminal."""
-    original = document["original"]
-    rows = [
-        [
-            "original",
-            f"{original['evaluate']['perplexity']:.3f}",
-            "",
-            "",
-            f"{original['bench']['tpot_s']['median'] * 1e3:.2f} ms",
-            "",
-            f"{original['bench']['weight_bytes'] / 1e6:.1f} MB",
-            "",
-        ]
-    ]
-    for c in document["candidates"]:
-        if c["error"]:
-            rows.append([c["name"], "", "", "", "", "", "", c["verdict"]])
-            continue
-        e, b = c["evaluate"], c["bench"]
-        rows.append(
-            [
-                c["name"],
-                f"{e['perplexity']:.3f}",
-                f"{e['perplexity_increase']:+.2%}",
-                f"{e['kl']['mean']:.5f}",
-                f"{b['tpot_s']['median'] * 1e3:.2f} ms",
-                f"{c['ratio']['tpot']:.2f}x",
-                f"{b['weight_bytes'] / 1e6:.1f} MB",
-                c["verdict"],
-            ]
-        )
-    headers = ["candidate", "perplexity", "increase", "KL", "TPOT", "speed-up", "weights", "verdict"]
-    widths = [max(len(r[i]) for r in [headers, *rows]) for i in range(len(headers))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in [headers, *rows]]
-    answer = document["recommendation"]
-    head = "recommendation: do not quantize" if answer["name"] == "original" else f"recommendation: {answer['name']}"
-    lines += ["", head, *(f"  {reason}" for reason in answer["reasons"])]
-    return "\n".join([*lines, "", f"report: {Path(document['output']) / 'report.html'}"])

@@ -1,6 +1,6 @@
 """From measured candidates to one recommendation: filter by the limits, compare with the original, explain."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,37 +15,83 @@ LEAST_GAIN = 1.03  # a smaller difference is not worth a changed model
 
 @dataclass(frozen=True)
 class Limits:
-    """What the user can give up and wants: shares, bytes, and a key of OBJECTIVES."""
+    """What the user can give up and wants: shares, nats, bytes, seconds, and a key of OBJECTIVES. None: no limit."""
 
-    max_ppl_increase: float
-    max_memory: int | None
-    optimize: str
+    max_ppl_increase: float = 0.01
+    max_memory: int | None = None
+    optimize: str = "tpot"
+    max_kl: float | None = None
+    max_ttft: float | None = None
+    max_tpot: float | None = None
+
+
+@dataclass(frozen=True)
+class Check:
+    """One limit against one candidate."""
+
+    option: str
+    value: float
+    limit: float
+    words: str  # the verdict where it is not met
+
+    @property
+    def met(self) -> bool:
+        return self.value <= self.limit
+
+    @property
+    def excess(self) -> float:
+        """How many times the limit; comparable between limits of different units."""
+        return self.value / self.limit if self.limit else float("inf")
+
+
+def checks(candidate: dict[str, Any], limits: Limits) -> list[Check]:
+    """Every limit that is set, with what this measured candidate has; the worse of selection and confirmation."""
+    parts, bench = (candidate["selection"], candidate["evaluate"]), candidate["bench"]
+    ppl, kl = max(p["perplexity_increase"] for p in parts), max(p["kl"]["mean"] for p in parts)
+    memory, ttft, tpot = bench["peak_memory_bytes"], bench["ttft_s"]["median"], bench["tpot_s"]["median"]
+    found: list[tuple[str, float, float | None, str, Callable[[float], str]]] = [
+        ("--max-ppl-increase", ppl, limits.max_ppl_increase, "too inaccurate: perplexity", lambda x: f"{x:+.2%}"),
+        ("--max-kl", kl, limits.max_kl, "too inaccurate: KL", lambda x: f"{x:.5f}"),
+        ("--max-memory", memory, limits.max_memory, "too large: peak memory", lambda x: f"{x / 1e6:.0f} MB"),
+        ("--max-ttft", ttft, limits.max_ttft, "too slow: first token", lambda x: f"{x * 1e3:.1f} ms"),
+        ("--max-tpot", tpot, limits.max_tpot, "too slow: per token", lambda x: f"{x * 1e3:.2f} ms"),
+    ]
+    return [
+        Check(option, value, limit, f"{words} {write(value)}, limit {write(limit)}")
+        for option, value, limit, words, write in found
+        if limit is not None
+    ]
 
 
 def verdict(candidate: dict[str, Any], limits: Limits) -> str:
     """'ok', or the first reason why this candidate is not an answer."""
     if candidate.get("error"):
         return f"failed: {candidate['error']}"
-    chosen_by, reported = candidate["selection"]["perplexity_increase"], candidate["evaluate"]["perplexity_increase"]
-    worst = max(chosen_by, reported)
-    if worst > limits.max_ppl_increase:
-        return f"too inaccurate: perplexity {worst:+.2%}, limit {limits.max_ppl_increase:+.2%}"
-    memory = candidate["bench"]["peak_memory_bytes"]
-    if limits.max_memory is not None and memory > limits.max_memory:
-        return f"too large: {memory / 1e6:.0f} MB at its peak, limit {limits.max_memory / 1e6:.0f} MB"
+    if candidate.get("dropped"):
+        return str(candidate["dropped"])
+    for check in checks(candidate, limits):
+        if not check.met:
+            return check.words
     gain, better = candidate["ratio"][limits.optimize], OBJECTIVES[limits.optimize]
     if gain < LEAST_GAIN:
         return f"no gain: {gain:.2f}x {better}"
-    low = candidate["ratio"].get("tpot_range", [gain])[0]
-    if limits.optimize == "tpot" and low <= 1:
-        return f"not outside the noise: {gain:.2f}x {better}, but {low:.2f}x in the worst pair"
+    interval = (candidate["ratio"].get("intervals") or {}).get(limits.optimize)
+    if interval and interval["low"] <= 1:
+        return (
+            f"not outside the noise: {gain:.2f}x {better}, {interval['confidence']:.0%} interval "
+            f"{interval['low']:.2f}x to {interval['high']:.2f}x"
+        )
     return "ok"
+
+
+def measured(candidates: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Those that went the whole way."""
+    return [c for c in candidates if not c.get("error") and not c.get("dropped")]
 
 
 def pareto(candidates: Sequence[dict[str, Any]]) -> list[str]:
     """Names of the candidates that no other one beats in both time per token and KL divergence."""
-    measured = [c for c in candidates if not c.get("error")]
-    points = {c["name"]: (c["bench"]["tpot_s"]["median"], c["evaluate"]["kl"]["mean"]) for c in measured}
+    points = {c["name"]: (c["bench"]["tpot_s"]["median"], c["evaluate"]["kl"]["mean"]) for c in measured(candidates)}
     return [
         name
         for name, (time, kl) in points.items()
@@ -53,8 +99,13 @@ def pareto(candidates: Sequence[dict[str, Any]]) -> list[str]:
     ]
 
 
-def recommend(candidates: Sequence[dict[str, Any]], limits: Limits) -> dict[str, Any]:
-    """{name, reasons}: the best candidate within the limits, or 'original' and why."""
+def recommend(
+    candidates: Sequence[dict[str, Any]], limits: Limits, original: dict[str, Any] | None = None
+) -> dict[str, Any]:
+    """{name, reasons}: the best candidate within the limits; 'original' if none is; None if that breaks a limit too.
+
+    `original`: its `bench` result, to hold against the limits on memory and time.
+    """
     key, better = limits.optimize, OBJECTIVES[limits.optimize]
     good = [c for c in candidates if c["verdict"] == "ok"]
     if good:
@@ -73,5 +124,33 @@ def recommend(candidates: Sequence[dict[str, Any]], limits: Limits) -> dict[str,
             ],
         }
     reasons = [f"no candidate is {better} within the limits here, outside the noise"]
+    reasons += why_none(candidates, limits)
     reasons += [f"{c['name']}: {c['verdict']}" for c in candidates]
-    return {"name": "original", "reasons": reasons}
+    broken = [] if original is None else _broken_by_original(original, limits)
+    if broken:
+        reasons.insert(1, "the original breaks a limit as well: " + "; ".join(broken))
+    return {"name": None if broken else "original", "reasons": reasons}
+
+
+def why_none(candidates: Sequence[dict[str, Any]], limits: Limits) -> list[str]:
+    """Which limit no candidate meets, or that limits contradict each other, and the candidate that comes closest."""
+    rows = {c["name"]: checks(c, limits) for c in measured(candidates)}
+    missed = {name: [k for k in row if not k.met] for name, row in rows.items()}
+    if not rows or not all(missed.values()):
+        return []  # what meets all limits fails for want of speed, and its verdict says so
+    closest = min(missed, key=lambda name: max(k.excess for k in missed[name]))
+    said = []
+    for i, first in enumerate(next(iter(rows.values()))):
+        if not any(row[i].met for row in rows.values()):
+            name = min(rows, key=lambda n: rows[n][i].value)
+            said.append(f"{first.option} cannot be reached; the closest is {name} ({rows[name][i].words})")
+    if not said:
+        options = list(dict.fromkeys(k.option for row in missed.values() for k in row))
+        said.append(f"the limits contradict each other: {' and '.join(options)} are each met, but never together")
+    return [*said, f"closest to all limits: {closest} ({'; '.join(k.words for k in missed[closest])})"]
+
+
+def _broken_by_original(bench: dict[str, Any], limits: Limits) -> list[str]:
+    nothing_lost = {"perplexity_increase": float("-inf"), "kl": {"mean": float("-inf")}}
+    found = checks({"selection": nothing_lost, "evaluate": nothing_lost, "bench": bench}, limits)
+    return [k.words for k in found if not k.met]

@@ -1,0 +1,55 @@
+"""How long one token's product with a matrix of some shape and scheme takes on this machine, measured.
+
+The latency budget of `auto:2ms` is spent in these times: what a decoding step spends in the quantized linears, one
+after the other. Codes and scales are random; the time does not depend on them. Matrices small enough to stay in the
+cache are run in turn through copies that together exceed it, as the layers of a model do.
+"""
+
+import time
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from lowbit.errors import InputError
+from lowbit.kernels import pack
+from lowbit.kernels.ops import native_linear
+from lowbit.numerics import scale_shape
+from lowbit.scheme import Scheme
+
+_CACHE_BYTES = 64 * 2**20
+_REPEATS = 5
+
+
+def product_seconds(shape: tuple[int, int], scheme: str) -> float:
+    """Seconds of x (1, in) @ W^T for W of `shape` (out, in): the median over rounds of the mean over copies.
+
+    Raises InputError for a scheme that the kernels cannot carry.
+    """
+    weight = Scheme.parse(scheme).weight
+    if pack.native is None:
+        raise InputError("a budget in time needs lowbit's compiled kernels; give it in bits or bytes.")
+    if weight is None or weight.kind != "int" or weight.granularity not in ("channel", "group"):
+        raise InputError(f"no kernel time for {scheme}: give a budget in bits or bytes, or integer schemes.")
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(int(weight.qmin), int(weight.qmax) + 1, shape, generator=generator, dtype=torch.int8)
+    scale = torch.full(scale_shape(weight, shape), 0.01, dtype=torch.bfloat16)
+    try:
+        packed = pack.pack_int(codes, scale, bits=weight.bits)
+        copies = max(1, min(16, _CACHE_BYTES // packed.nbytes))
+        weights = [packed, *(pack.pack_int(codes, scale, bits=weight.bits) for _ in range(copies - 1))]
+    except ValueError as error:
+        raise InputError(f"no kernel for {scheme} on {shape[0]} x {shape[1]}: {error}.") from error
+    x = torch.randn(1, shape[1], generator=generator)
+    rounds = []
+    for _ in range(_REPEATS + 1):  # the first warms up
+        start = time.perf_counter()
+        for w in weights:
+            native_linear(w, x)
+        rounds.append((time.perf_counter() - start) / len(weights))
+    return float(np.median(rounds[1:]))
+
+
+def group_seconds(shapes: Sequence[tuple[int, int]], schemes: Sequence[str]) -> dict[tuple[int, int], list[float]]:
+    """{shape: seconds in each scheme} for the different shapes among `shapes`."""
+    return {shape: [product_seconds(shape, s) for s in schemes] for shape in dict.fromkeys(shapes)}

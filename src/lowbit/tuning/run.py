@@ -1,0 +1,199 @@
+"""The long part of `tune`: make every candidate, narrow them down, measure what is left; and remember what is done."""
+
+import hashlib
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowbit import console
+from lowbit.artifact import write_json
+from lowbit.console import note
+from lowbit.errors import InputError, LowbitError
+from lowbit.speed import Scenario, bench
+from lowbit.tuning.candidates import Candidate
+from lowbit.tuning.decide import Limits, measured
+from lowbit.tuning.halving import KEEP, RUNGS, Measured, dropped
+from lowbit.tuning.isolate import JobError, JobLimits, run_job
+from lowbit.tuning.split import Split
+
+GRID = tuple(Scenario(p, 16, b) for p in (16, 192) for b in (1, 4))  # what times at other sizes are predicted from
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is the same for all candidates."""
+
+    model: str
+    output: Path
+    words: dict[str, Any]  # of the recipe, without scheme and method
+    split: Split
+    window: int
+    limits: JobLimits
+    resume: bool
+
+
+@dataclass(frozen=True)
+class Notebook:
+    """progress.json: results by key, kept across runs of the same job."""
+
+    file: Path
+    entries: dict[str, Any]
+
+    @staticmethod
+    def open(file: Path, identity: dict[str, Any]) -> "Notebook":
+        """Raises InputError if the file belongs to another job."""
+        entries: dict[str, Any] = {}
+        if file.exists():
+            entries = json.loads(file.read_text(encoding="utf-8"))
+            differ = [k for k, v in identity.items() if entries.get("identity", {}).get(k) != v]
+            if differ:
+                raise InputError(
+                    f"{file.parent}: was made with another {' and '.join(differ)}, so it cannot be resumed. Give the "
+                    "same, or start anew with --force."
+                )
+        return Notebook(file, entries | {"identity": identity})
+
+    def get(self, key: str) -> Any:
+        return self.entries.get(key)
+
+    def put(self, key: str, value: Any) -> None:
+        self.entries[key] = value
+        write_json(self.file, self.entries)
+
+
+def quantize_all(job: Job, candidates: Sequence[Candidate], notebook: Notebook) -> list[dict[str, Any]]:
+    """One row a candidate: {name, scheme, method, path, error, quantize}. A failure is a row with its reason."""
+    rows = []
+    start, made = time.monotonic(), 0
+    for n, candidate in enumerate(candidates, 1):
+        path = job.output / "candidates" / candidate.name
+        words = {**job.words, "scheme": candidate.scheme, "method": candidate.method}
+        row: dict[str, Any] = {
+            "name": candidate.name, "scheme": candidate.scheme, "method": candidate.method, "path": str(path),
+            "error": None,
+        }  # fmt: skip
+        key = f"quantize {candidate.name}"
+        known = notebook.get(key) if job.resume and path.is_dir() else None
+        if known is not None and known["words"] == words:
+            note(f"{candidate.name}: finished in an earlier run")
+            row["quantize"] = known["document"]
+        else:
+            note(f"{candidate.name}:")
+            resume = job.resume and (path.exists() or path.with_name(path.name + ".partial").exists())
+            request = {"job": "quantize", "model": job.model, "output": str(path), "words": words, "resume": resume}
+            try:
+                row["quantize"] = run_job(request | {"verbosity": console.verbosity()}, job.limits)
+                notebook.put(key, {"words": words, "document": row["quantize"]})
+            except JobError as error:
+                row["error"] = str(error)
+                note(f"{candidate.name}: failed: {error}")
+            made += 1
+        rows.append(row)
+        if made and n < len(candidates):
+            left = (time.monotonic() - start) / made * (len(candidates) - n)
+            note(f"{n} of {len(candidates)} candidates, about {left:.0f} s left for the others")
+    return rows
+
+
+def narrow(job: Job, rows: list[dict[str, Any]], limits: Limits, notebook: Notebook) -> None:
+    """Successive halving: rows that go no further get `dropped` (why) and the `evaluate` they were judged by."""
+    for windows in RUNGS:
+        left = measured(rows)
+        if len(left) <= KEEP:
+            return
+        documents = _evaluate(job, rows, ("selection",), windows, notebook)
+        if "selection" not in documents:
+            return
+        reference = np.array(documents["selection"]["reference"]["per_window"]["nll"])
+        results = {r["model"]: r for r in documents["selection"]["results"]}
+        rung = [_measured(c, results[c["path"]], reference) for c in measured(rows)]
+        for name, why in dropped(rung, limits.max_ppl_increase, limits.max_kl).items():
+            row = next(c for c in rows if c["name"] == name)
+            row["evaluate"], row["dropped"] = results[row["path"]], f"{why}, on {len(reference)} windows"
+            note(f"{name}: {row['dropped']}")
+
+
+def _measured(row: dict[str, Any], result: dict[str, Any], reference: np.ndarray) -> Measured:
+    own = result["per_window"]
+    bits = row["quantize"]["bits_per_weight"]
+    return Measured(row["name"], bits, np.array(own["kl"]), np.array(own["nll"]), reference)
+
+
+def measure_accuracy(job: Job, rows: list[dict[str, Any]], notebook: Notebook) -> dict[str, Any]:
+    """{part: evaluate document} on all of selection and confirmation; rows get `selection` and `evaluate`."""
+    documents = _evaluate(job, rows, ("selection", "confirmation"), None, notebook)
+    if not documents:
+        raise LowbitError(f"no candidate could be evaluated: {next(c['error'] for c in rows if c['error'])}")
+    for part, key in (("selection", "selection"), ("confirmation", "evaluate")):
+        results = {r["model"]: r for r in documents[part]["results"]}
+        for c in measured(rows):
+            c[key] = results[c["path"]]
+    return documents
+
+
+def _evaluate(
+    job: Job, rows: list[dict[str, Any]], parts: Sequence[str], windows: int | None, notebook: Notebook
+) -> dict[str, Any]:
+    """Evaluate what is left in one process; if that fails, each alone, so that only those at fault drop out."""
+    texts = {part: str(getattr(job.split, part)) for part in parts}
+
+    def ask(left: list[dict[str, Any]]) -> dict[str, Any]:
+        request = {
+            "job": "evaluate", "models": [c["path"] for c in left], "texts": texts, "against": job.model,
+            "seq_len": job.window, "windows": windows,
+        }  # fmt: skip
+        what = [request, [c["quantize"]["layers"] for c in left]]
+        key = f"evaluate {hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]}"
+        known: dict[str, Any] | None = notebook.get(key) if job.resume else None
+        if known is None:
+            known = run_job(request | {"verbosity": console.verbosity()}, job.limits)
+            notebook.put(key, known)
+        return known
+
+    try:
+        return ask(measured(rows))
+    except JobError:
+        note("evaluating together failed: each candidate alone")
+    for c in measured(rows):
+        try:
+            ask([c])
+        except JobError as error:
+            c["error"] = f"evaluating failed: {error}"
+            note(f"{c['name']}: {c['error']}")
+    left = measured(rows)
+    return ask(left) if left else {}
+
+
+def measure_speed(
+    job: Job, rows: list[dict[str, Any]], repeats: int, precision: float | None, seed: int
+) -> dict[str, Any] | None:
+    """The bench document; rows get `bench` and `ratio`. A model that cannot be run drops out with its reason."""
+
+    def ask(left: list[dict[str, Any]]) -> dict[str, Any]:
+        paths = [c["path"] for c in left]
+        return bench(paths, against=job.model, repeats=repeats, precision=precision, grid=GRID, seed=seed)
+
+    left = measured(rows)
+    try:
+        speed = ask(left)
+    except LowbitError:
+        note("measuring the speed of all failed: each candidate alone")
+        for c in left:
+            try:
+                bench([c["path"]], repeats=1, seed=seed)
+            except LowbitError as error:
+                c["error"] = f"running failed: {error}"
+                note(f"{c['name']}: {c['error']}")
+        left = measured(rows)
+        if not left:
+            return None
+        speed = ask(left)
+    for c in left:
+        c["bench"] = next(r for r in speed["results"] if r["model"] == c["path"])
+        c["ratio"] = next(r for r in speed["ratios"] if r["model"] == c["path"])
+    return speed
