@@ -111,8 +111,8 @@ def round_linears(
         report = {
             "name": name,
             "scheme": str(scheme),
-            "bits": chosen.stored_bits / chosen.codes.numel(),
-            "weights": chosen.codes.numel(),
+            "bits": chosen.stored_bits / chosen.numel,
+            "weights": chosen.numel,
             "loss_rtn": loss_rtn,
             "loss": loss,
             "seconds": (time.perf_counter() - started) / len(sizes),
