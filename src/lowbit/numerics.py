@@ -72,6 +72,14 @@ def scale_dtype_of(scheme: TensorScheme, default: torch.dtype) -> torch.dtype:
     return default
 
 
+def tensor_scale_of(weight: Tensor, scheme: TensorScheme) -> Tensor | None:
+    """() float32 that an NVFP4 weight is multiplied by, so that the largest group's scale is E4M3's largest value."""
+    if not scheme.nested:
+        return None
+    largest = weight.float().abs().amax()
+    return torch.where(largest == 0, 1.0, 448.0 * scheme.qmax / largest)
+
+
 def nearest_level(x: Tensor, table: Tensor) -> Tensor:
     """Indices (as x) of the nearest entries of an ascending table: (entries,), or (rows, entries) by x's first axis."""
     middle = (table[..., 1:] + table[..., :-1]) / 2

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lowbit.algorithms import find_method, make_settings
+from lowbit.algorithms import METHODS, find_method, make_settings
 from lowbit.errors import InputError
 from lowbit.model.checkpoint import Checkpoint
 from lowbit.model.walk import Blocks, linears
@@ -32,7 +32,7 @@ class Plan:
 def make_plan(model: nn.Module, blocks: Blocks, checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     """Raises InputError for an unknown method or setting, a scheme that a layer's shape cannot take, a pattern that
     matches nothing, a model that is quantized already."""
-    find_method(recipe.method)
+    method = find_method(recipe.method)
     make_settings(recipe.method, dict(recipe.set))
     if checkpoint.quantization is not None:
         raise InputError(
@@ -44,6 +44,8 @@ def make_plan(model: nn.Module, blocks: Blocks, checkpoint: Checkpoint, recipe: 
     for name, module in everything.items():
         scheme = recipe.scheme_of(name) if name.startswith(blocks.name + ".") else Scheme(None)
         if scheme.weight is not None:
+            if scheme.weight.kind not in method.grids:
+                raise InputError(_other_method(recipe.method, scheme))
             try:
                 scale_shape(scheme.weight, (module.out_features, module.in_features))
             except InputError as error:
@@ -63,6 +65,13 @@ def make_plan(model: nn.Module, blocks: Blocks, checkpoint: Checkpoint, recipe: 
     if all(s.weight is None for s in schemes.values()):
         raise InputError("nothing is left to quantize: every linear is ignored or has the scheme 'none'.")
     return Plan(schemes, _output_bytes(everything, schemes, checkpoint))
+
+
+def _other_method(method: str, scheme: Scheme) -> str:
+    kind = scheme.weight.kind if scheme.weight is not None else None
+    fitting = [name for name, m in METHODS.items() if kind in m.grids]
+    reason = {"learned": "has learned tables", "e8p": "is a lattice"}.get(str(kind), "is another kind of grid")
+    return f"method {method!r} does not round to scheme {scheme}, which {reason}: use --method {' or '.join(fitting)}."
 
 
 def _kinds(names: Mapping[str, nn.Linear]) -> list[str]:

@@ -40,6 +40,7 @@ class Statistics:
 
     train: Hessian
     held_out: Hessian
+    correction: Tensor | None = None  # (in, in): what is rounded is W + W · correction (model/original.py)
 
     @staticmethod
     def empty(width: int) -> "Statistics":
@@ -84,28 +85,34 @@ def round_linears(
     """
     grid = scheme.weight
     assert grid is not None
-    if grid.granularity not in ("channel", "group") and len(weights) > 1:
+    together = grid.granularity in ("channel", "group") and not METHODS[recipe.method].one_by_one
+    if not together and len(weights) > 1:
         alone = ({name: weight} for name, weight in weights.items())
         return {k: v for w in alone for k, v in round_linears(w, scheme, statistics, recipe, scale_dtype).items()}
     started = time.perf_counter()
     stacked = torch.cat([w.float() for w in weights.values()])
     plain = rtn(stacked, grid, scale_dtype)
-    result, notes, fallback = _apply(next(iter(weights)), stacked, scheme, statistics, recipe, plain)
+    correction = None if statistics is None else statistics.correction
+    goal = stacked if correction is None else stacked + stacked @ correction
+    result, notes, fallback = _apply(next(iter(weights)), goal, scheme, statistics, recipe, plain)
     sizes = [len(w) for w in weights.values()]
     whole = len(sizes) == 1
     parts = zip(
         weights.items(),
+        goal.split(sizes),
         [result] if whole else result.split_rows(sizes),
         [plain] if whole else plain.split_rows(sizes),
         strict=True,
     )
     rounded = {}
-    for (name, weight), mine, theirs in parts:
+    for (name, weight), target, mine, theirs in parts:
         chosen, reason = mine, fallback
         loss = loss_rtn = None
         if statistics is not None and statistics.train.rows:
-            loss, held_out = statistics.loss(weight.float() - mine.dequantize())
-            loss_rtn, held_out_rtn = statistics.loss(weight.float() - theirs.dequantize())
+            loss, _ = statistics.loss(weight.float() - mine.dequantize())
+            loss_rtn, _ = statistics.loss(weight.float() - theirs.dequantize())
+            _, held_out = statistics.loss(target - mine.dequantize())
+            _, held_out_rtn = statistics.loss(target - theirs.dequantize())
             if reason is None and held_out is not None and held_out_rtn is not None and held_out > held_out_rtn:
                 chosen, reason, loss = theirs, "worse than rtn on held-out windows: rtn", loss_rtn
         report = {

@@ -13,6 +13,7 @@ from torch import Tensor
 from lowbit.kernels import pack
 from lowbit.kernels.pack import PackedWeight
 from lowbit.model.load import Source
+from lowbit.numerics import fixed_table
 from lowbit.runtime.base import Engine
 from lowbit.runtime.decoder import FAMILIES, Decoder
 from lowbit.scheme import Scheme
@@ -22,15 +23,18 @@ _CACHE_TOKENS = 2048  # the least the cache is made for
 _BITS = (2, 3, 4, 8)
 
 
-def why_not(config: Any, schemes: Mapping[str, Scheme]) -> str | None:
+def why_not(config: Any, schemes: Mapping[str, Scheme], *, rotated: bool = False) -> str | None:
     """None if the native decoder can run this model, else the reason it cannot."""
     if pack.native is None:
         return "lowbit was installed without its compiled kernels (no C++ compiler was found)"
     if config.model_type not in FAMILIES:
         return f"the native decoder does not know model_type {config.model_type!r}"
+    if rotated:
+        return "there is no native kernel for rotated weights"
     for scheme in schemes.values():
         weight = scheme.weight
-        if weight is None or weight.kind != "int" or weight.bits not in _BITS:
+        table = weight is not None and weight.kind in ("nf", "learned") and weight.bits == 4
+        if weight is None or not (table or (weight.kind == "int" and weight.bits in _BITS)):
             return f"there is no native kernel for {scheme}"
         if weight.granularity == "group" and weight.group_size % 32:
             return f"there is no native kernel for groups of {weight.group_size} (multiples of 32 only)"
@@ -43,7 +47,7 @@ class NativeEngine(Engine):
     """Raises ValueError where `why_not` gives a reason."""
 
     def __init__(self, config: Any, source: Source) -> None:
-        reason = why_not(config, source.schemes)
+        reason = why_not(config, source.schemes, rotated=source.rotated)
         if reason is not None:
             raise ValueError(reason)
         self.checkpoint, self.config, self._source = source.checkpoint, config, source
@@ -55,7 +59,7 @@ class NativeEngine(Engine):
         self._decoder = self._make(min(_CACHE_TOKENS, self.context_length))
         activations = "int8 activations" if self._quantized else "bfloat16"
         self.runtime = f"lowbit, {pack.native.isa()}, {activations}"
-        self.kernels = {f"native int{bits}": n for bits, n in self._quantized.items()}
+        self.kernels = {f"native {kind}": n for kind, n in self._quantized.items()}
         embedding = self._tensors["model.embed_tokens.weight"]
         rest = sum(t.nbytes for name, t in self._tensors.items() if name != "model.embed_tokens.weight")
         self.weight_bytes_per_token = self._decoder.weight_bytes + rest + embedding.nbytes // len(embedding)
@@ -69,11 +73,12 @@ class NativeEngine(Engine):
         )  # fmt: skip
 
     @property
-    def _quantized(self) -> dict[int, int]:
-        counts: dict[int, int] = {}
+    def _quantized(self) -> dict[str, int]:
+        counts: dict[str, int] = {}
         for weight in self._packed.values():
-            if weight.kind == pack.INT:
-                counts[weight.bits] = counts.get(weight.bits, 0) + 1
+            if weight.kind != pack.BF16:
+                kind = f"int{weight.bits}" if weight.kind == pack.INT else "table4"
+                counts[kind] = counts.get(kind, 0) + 1
         return counts
 
     def _weight(self, name: str) -> PackedWeight:
@@ -83,6 +88,12 @@ class NativeEngine(Engine):
             bias = self._source.checkpoint.get(f"{name}.bias") if f"{name}.bias" in stored else None
             quantized = self._source.linear(name)
             if quantized is not None:
+                table = fixed_table(quantized.scheme) if quantized.table is None else quantized.table
+                if table is not None:
+                    self._packed[name] = pack.pack_table(
+                        quantized.codes, quantized.scale, table, bias=bias, act_group=self._act_group
+                    )
+                    return self._packed[name]
                 scale, zero = quantized.scale, quantized.zero_point
                 if quantized.scheme.granularity == "tensor":
                     rows = len(quantized.codes)
