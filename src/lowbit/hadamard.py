@@ -33,7 +33,7 @@ def hadamard_matrix(n: int) -> Tensor | None:
         if paley is None:
             return None
         signs = paley
-    return signs / n**0.5
+    return torch.mul(signs, n**-0.5)
 
 
 def _paley(n: int) -> Tensor | None:

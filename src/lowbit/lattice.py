@@ -23,7 +23,7 @@ STAGE_BITS = {2: (16,), 3: (16, 8), 4: (16, 16)}
 RESIDUAL_SCALE = {3: 2.04, 4: 3.45}
 # Root mean square of the weights in units of the scale, least squared error for Gaussian weights.
 RMS = {2: 1.03, 3: 0.98, 4: 1.03}
-_CHUNK = 4096
+_CHUNK = 1024
 
 
 @cache
@@ -59,29 +59,68 @@ def short_vectors() -> Tensor:
     return torch.tensor([(0.0,) * WIDTH, *halves, *pairs, *doubles[:15]])
 
 
+@cache
+def _absolute_index() -> Tensor:
+    """(3^8,) int64: the index of the absolute vector whose entries, less ½, are the digits to base 3; -1 if none."""
+    index = torch.full((3**WIDTH,), -1)
+    index[((absolute_vectors() - 0.5).long() * _BASE_3).sum(1)] = torch.arange(256)
+    return index
+
+
+_BASE_3 = 3 ** torch.arange(WIDTH)
+
+
 def nearest_e8p(x: Tensor) -> Tensor:
-    """(n, 8) -> int32 (n,): the index of the nearest of the 65536 points."""
-    return torch.cat([_nearest_e8p(chunk) for chunk in x.split(_CHUNK)]) if len(x) else torch.empty(0, dtype=torch.int32)
+    """(n, 8) -> int32 (n,): the index of the nearest of the 65536 points.
+
+    Most x lie where the nearest point of the whole lattice E8 + ¼ is one of them; only the others, far out, need the
+    search over all absolute vectors.
+    """
+    distances, codes = zip(*(_nearest_of_coset(x, shift) for shift in (0, 1)), strict=True)
+    code = torch.where(distances[1] < distances[0], codes[1], codes[0])
+    outside = (code < 0).nonzero()[:, 0]
+    for rows in outside.split(_CHUNK):
+        code[rows] = _search(x[rows])
+    return code
 
 
-def _nearest_e8p(x: Tensor) -> Tensor:
+def _nearest_of_coset(x: Tensor, shift_bit: int) -> tuple[Tensor, Tensor]:
+    """Squared distance (n,) to the nearest point of D8 + ½ ± ¼ and its index, -1 if it is not in the codebook:
+    every entry goes to the nearest half-integer and, if the sum is odd, the least certain one to the next."""
+    y = x - (0.25, -0.25)[shift_bit]
+    point = y.floor() + 0.5
+    off = y - point
+    odd = point.sum(1).long() % 2 != 0
+    worst = off.abs().argmax(1, keepdim=True)
+    other = torch.where(off.gather(1, worst) < 0, -1.0, 1.0)
+    point = point.scatter_add(1, worst, other * odd[:, None])
+    size = (point.abs() - 0.5).long()
+    inside = (size <= 2).all(1)
+    index = torch.where(inside, _absolute_index()[(size.clamp(max=2) * _BASE_3).sum(1)], -1)
+    code = index + ((point[:, :7] < 0) << torch.arange(8, 15)).sum(1) + (shift_bit << 15)
+    return (y - point).square().sum(1), torch.where(index < 0, -1, code).int()
+
+
+def _search(x: Tensor) -> Tensor:
     """For both shifts: signs follow x; where the sum is odd, the cheapest entry is flipped; best absolute vector."""
     size = absolute_vectors()
-    parity = size.sum(1).long() % 2
+    parity = size.sum(1) % 2  # of the sum with all signs positive
     best_score, best = torch.full((len(x),), -torch.inf), torch.zeros(len(x), dtype=torch.int32)
     for shift_bit, shift in enumerate((0.25, -0.25)):
         y = x - shift
         negative = y < 0
         z = y.abs()
-        odd = (negative.sum(1)[:, None] + parity) % 2 == 1  # (n, 256)
+        flips = (negative.sum(1) % 2).float()[:, None]
+        odd = flips + parity - 2 * flips * parity  # (n, 256): 0 or 1
         cheapest = z[:, :1] * size[:, 0]
+        product = torch.empty_like(cheapest)
         for i in range(1, WIDTH):
-            torch.minimum(cheapest, z[:, i : i + 1] * size[:, i], out=cheapest)
-        score = torch.addmm(-size.square().sum(1) / 2, z, size.T) - torch.where(odd, 2 * cheapest, 0.0)
+            torch.minimum(cheapest, torch.mul(z[:, i : i + 1], size[:, i], out=product), out=cheapest)
+        score = torch.addmm(-size.square().sum(1) / 2, z, size.T) - 2 * odd * cheapest
         value, which = score.max(1)
         value = value - y.square().sum(1) / 2  # minus half the squared distance
         flip = (z * size[which]).argmin(1)
-        turn = odd.gather(1, which[:, None])[:, 0]
+        turn = odd.gather(1, which[:, None])[:, 0] > 0
         signs = negative ^ (torch.nn.functional.one_hot(flip, WIDTH).bool() & turn[:, None])
         code = which + (signs[:, :7].long() << torch.arange(8, 15)).sum(1) + (shift_bit << 15)
         best = torch.where(value > best_score, code.int(), best)

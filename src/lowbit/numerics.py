@@ -1,6 +1,6 @@
 """The only place that rounds and groups.
 
-Uniform grids are affine in their codes: value = (code - zero_point) * scale. Integer codes live in [-2^(b-1), 2^(b-1) - 1]
+Uniform grids are affine in their codes: value = (code - zero_point) * scale. Integers live in [-2^(b-1), 2^(b-1) - 1]
 whether or not there is a zero point (which lives in the same range), so one dtype (int8) holds all of them; FP8 codes
 are float8_e4m3fn values. Table grids (E2M1, NF4, learned) have value = table[code] * scale with an ascending table of
 at most 16 entries, fixed or one per row; their codes count from 0. Lattice grids (`lattice.py`) have one code for eight
@@ -23,7 +23,7 @@ def scale_shape(scheme: TensorScheme, shape: tuple[int, int]) -> tuple[int, int]
     """(out/r, in/c). Raises InputError if the scheme's tile does not divide the shape."""
     rows, columns = scheme.tile(*shape)
     if scheme.kind == "e8p" and shape[1] % lattice.WIDTH:
-        raise InputError(f"a lattice code holds 8 inputs, which does not divide the layer's {shape[1]}: use w2a16 to w4a16")
+        raise InputError(f"a lattice code holds 8 inputs, which does not divide the layer's {shape[1]}: use w2a16")
     for size, tile, name in ((shape[0], rows, "outputs"), (shape[1], columns, "inputs")):
         if size % tile:
             divisors = [d for d in (32, 64, 128, 256) if size % d == 0]

@@ -37,7 +37,7 @@ from lowbit.model.load import (
     skeleton,
 )
 from lowbit.model.lockstep import Walk
-from lowbit.model.original import Original
+from lowbit.model.original import Correction, Original
 from lowbit.model.walk import Blocks, Entry, capture_entries, find_blocks, input_groups, linears
 from lowbit.preflight import Plan, check_disk, make_plan
 from lowbit.recipe import Recipe
@@ -91,7 +91,8 @@ def quantize(
     job = _Job(net, open_source(net, checkpoint), blocks, plan, recipe, work, layout, torch.get_num_threads())
     layers = job.run(calibration)
     document = document_of(output, recipe, layers, time.perf_counter() - start)
-    finish_directory(work, checkpoint, layout.quantization_config(plan.schemes), recipe, calibration, identity, document)
+    config = layout.quantization_config(plan.schemes)
+    finish_directory(work, checkpoint, config, recipe, calibration, identity, document)
     work.close()
     return document
 
@@ -153,21 +154,22 @@ class _Job:
         rounded: dict[str, Rounded] = {}
         if entries:
             groups = input_groups(block, entries[0], index)
-            walk = Walk(block, index, entries, groups, _activations(schemes), self.threads)
             if original is not None:
                 original.enter(block, index, groups)
+            watched = [] if original is None else original.watched
+            walk = Walk(block, index, entries, groups, _activations(schemes), self.threads, watched)
             for k, group in enumerate(groups):
                 wanted = [n for n in group.names if n in schemes]
                 if not wanted:
                     continue
                 width = linears(block)[wanted[0]].in_features
                 statistics = Statistics.collect(walk, k, width)
+                correction = None
                 if original is not None and statistics.train.rows:
-                    correction = original.correction(walk, k, statistics.train.mean(), 0.01)
-                    statistics = replace(statistics, correction=correction)
+                    correction = original.correction(walk, k, wanted, statistics.train.mean())
                 for scheme in dict.fromkeys(schemes[n] for n in wanted):
                     same = [n for n in wanted if schemes[n] == scheme]
-                    rounded |= self._round(block, name, same, scheme, statistics)
+                    rounded |= self._round(block, name, same, scheme, statistics, correction)
             for entry, hidden in zip(entries, walk.finish(), strict=True):
                 entry.hidden = hidden
             if original is not None:
@@ -179,12 +181,19 @@ class _Job:
         return {local: rounded[local] for local in schemes}
 
     def _round(
-        self, block: nn.Module, name: str, same: list[str], scheme: Scheme, statistics: Statistics | None
+        self,
+        block: nn.Module,
+        name: str,
+        same: list[str],
+        scheme: Scheme,
+        statistics: Statistics | None,
+        correction: Correction | None = None,
     ) -> dict[str, Rounded]:
         """Round linears of one input and scheme from their stored weights, and put the results into the block."""
         checkpoint = self.source.checkpoint
         weights = {f"{name}.{n}": checkpoint.get(f"{name}.{n}.weight") for n in same}
-        results = round_linears(weights, scheme, statistics, self.recipe, checkpoint.dtype)
+        goals = {} if correction is None else {f"{name}.{n}": correction.goal(n, weights[f"{name}.{n}"]) for n in same}
+        results = round_linears(weights, scheme, statistics, self.recipe, checkpoint.dtype, goals)
         by_local = {n: results[f"{name}.{n}"] for n in same}
         for local, result in by_local.items():
             _put(block, local, result.quantized.dequantize(linears(block)[local].weight.dtype))

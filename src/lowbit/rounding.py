@@ -40,7 +40,6 @@ class Statistics:
 
     train: Hessian
     held_out: Hessian
-    correction: Tensor | None = None  # (in, in): what is rounded is W + W · correction (model/original.py)
 
     @staticmethod
     def empty(width: int) -> "Statistics":
@@ -77,23 +76,25 @@ def round_linears(
     statistics: Statistics | None,
     recipe: Recipe,
     scale_dtype: torch.dtype,
+    goals: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Rounded]:
     """Quantize linears (out_i, in), by full name, that share an input and a scheme.
 
     They are rows of one matrix where no scale spans rows: one factorization, one sweep. `statistics` is None for a
-    recipe without calibration data. Raises InputError if the activations are mostly not finite.
+    recipe without calibration data; `goals` is what to round instead of the weights (model/original.py). Raises
+    InputError if the activations are mostly not finite.
     """
     grid = scheme.weight
     assert grid is not None
     together = grid.granularity in ("channel", "group") and not METHODS[recipe.method].one_by_one
     if not together and len(weights) > 1:
         alone = ({name: weight} for name, weight in weights.items())
-        return {k: v for w in alone for k, v in round_linears(w, scheme, statistics, recipe, scale_dtype).items()}
+        every = (round_linears(w, scheme, statistics, recipe, scale_dtype, goals) for w in alone)
+        return {k: v for rounded in every for k, v in rounded.items()}
     started = time.perf_counter()
     stacked = torch.cat([w.float() for w in weights.values()])
     plain = rtn(stacked, grid, scale_dtype)
-    correction = None if statistics is None else statistics.correction
-    goal = stacked if correction is None else stacked + stacked @ correction
+    goal = torch.cat([goals[name] for name in weights]) if goals else stacked
     result, notes, fallback = _apply(next(iter(weights)), goal, scheme, statistics, recipe, plain)
     sizes = [len(w) for w in weights.values()]
     whole = len(sizes) == 1

@@ -51,7 +51,7 @@ class TensorScheme:
         """The largest value of the grid at scale 1."""
         match self.kind:
             case "int":
-                return 2 ** (self.bits - 1) - 1
+                return float(2 ** (self.bits - 1) - 1)
             case "float":
                 return 448.0 if self.bits == 8 else 6.0
             case _:

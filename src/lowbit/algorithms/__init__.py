@@ -61,9 +61,7 @@ METHODS = {
     "rtn": Method(_rtn, RTNSettings, needs_calibration=False),
     "gptq": Method(_gptq, GPTQSettings, needs_calibration=True),
     "any4": Method(_any4, Any4Settings, needs_calibration=True, grids=("learned",)),
-    "quip": Method(
-        _quip, QuipSettings, needs_calibration=True, grids=("int", "e8p"), one_by_one=True, own_layout=True
-    ),
+    "quip": Method(_quip, QuipSettings, needs_calibration=True, grids=("int", "e8p"), one_by_one=True, own_layout=True),
 }
 
 

@@ -15,6 +15,7 @@ programme over the sorted weights, D[k][j] = min_i D[k-1][i] + cost(i, j), whose
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -131,7 +132,7 @@ def optimal_1d(x: Tensor, cost: Tensor, k: int) -> tuple[Tensor, float]:
         ends.append(int(cut[ends[-1]]))
     bounds = [0, *reversed(ends)]
     values = []
-    for i, j in zip(bounds[:-1], bounds[1:], strict=True):
+    for i, j in pairwise(bounds):
         empty = j == i or mass[j] == mass[i]
         values.append(ordered[min(i, n - 1)] if empty else (first[j] - first[i]) / (mass[j] - mass[i]))
     return torch.stack(values).sort().values, float(loss[n])

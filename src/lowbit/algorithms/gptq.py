@@ -55,7 +55,9 @@ def gptq(
     H = alive(hessian.float())
     order = column_order(H.diagonal(), scheme, settings.desc_act)
     U, used = inverse_cholesky(H[order][:, order], settings.dampening_frac)
-    grouped = scheme.granularity == "group" and scheme.kind != "learned"  # a table is learned for the scales as they are
+    grouped = (
+        scheme.granularity == "group" and scheme.kind != "learned"
+    )  # a table is learned for the scales as they are
     if settings.scale_search and not grouped:
         scale, zero = search_qparams(W, scheme, H.diagonal(), scale_dtype)
     else:  # a group's scale is searched when its first column is reached

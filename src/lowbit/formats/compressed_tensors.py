@@ -26,7 +26,6 @@ from lowbit.numerics import scale_shape
 from lowbit.scheme import Scheme, TensorScheme
 from lowbit.tensor import QuantizedTensor
 
-
 _FP4 = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")
 
 
@@ -228,7 +227,7 @@ def _targets(pattern: str, name: str) -> bool:
 def _scheme(group: Mapping[str, Any]) -> Scheme:
     w, a = group["weights"], group.get("input_activations")
     size = w.get("group_size") or (w.get("block_structure") or [0])[0]
-    granularity = "group" if w["strategy"] == "tensor_group" else w["strategy"]
+    granularity: Any = "group" if w["strategy"] == "tensor_group" else w["strategy"]
     weight = TensorScheme(w["type"], w["num_bits"], granularity, size, w["symmetric"])
     fp4 = (weight.kind, weight.bits) == ("float", 4)
     known_fp4 = {"tensor_group": 16, "group": 32}.get(w["strategy"]) == size

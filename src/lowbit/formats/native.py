@@ -72,7 +72,9 @@ def unpack(name: str, get: Callable[[str], Tensor], scheme: Scheme) -> Quantized
         scale = get(f"{name}.weight_scale")
         expected = scale_shape(grid, (rows, columns))
         if tuple(scale.shape) != expected:
-            raise InputError(f"{name}.weight_scale is {list(scale.shape)}, {scheme} of {[rows, columns]} needs {expected}.")
+            raise InputError(
+                f"{name}.weight_scale is {list(scale.shape)}, {scheme} of {[rows, columns]} needs {expected}."
+            )
         if grid.kind == "e8p":
             codes = torch.stack(
                 [
@@ -82,7 +84,9 @@ def unpack(name: str, get: Callable[[str], Tensor], scheme: Scheme) -> Quantized
                 -1,
             )
         else:
-            packed = _whole(f"{name}.weight_packed", get(f"{name}.weight_packed"), (rows, -(-columns * grid.bits // 32)))
+            packed = _whole(
+                f"{name}.weight_packed", get(f"{name}.weight_packed"), (rows, -(-columns * grid.bits // 32))
+            )
             codes = unpack_bits(packed, grid.bits, columns) + 2 ** (grid.bits - 1)
         table = None
         if grid.kind == "learned":
