@@ -98,41 +98,37 @@ def transform(x: Tensor, *, inverse: bool = False) -> Tensor:
 
 @dataclass(frozen=True)
 class Rotation:
-    """W (out, in) is stored as W̃ = H (s_out · W · s_in) Hᵀ. Signs are int8 ±1; `out_signs` None: inputs only."""
+    """W (out, in) is stored as W̃ = H (s_out · W · s_in) Hᵀ. Signs are int8 ±1, (in,) and (out,)."""
 
     in_signs: Tensor
-    out_signs: Tensor | None
+    out_signs: Tensor
 
     @staticmethod
-    def random(rows: int, columns: int, seed: int, *, outputs: bool = True) -> "Rotation":
+    def random(rows: int, columns: int, seed: int) -> "Rotation":
         """Signs that depend on the seed and the shape only, on every machine."""
         draw = np.random.default_rng([seed, rows, columns])
         signs = torch.from_numpy(draw.integers(0, 2, rows + columns, dtype=np.int8) * 2 - 1)
-        return Rotation(signs[:columns].clone(), signs[columns:].clone() if outputs else None)
+        return Rotation(signs[:columns].clone(), signs[columns:].clone())
 
     def apply(self, weight: Tensor) -> Tensor:
         """(out, in) -> W̃."""
         rotated = transform(weight.float() * self.in_signs)
-        if self.out_signs is not None:
-            rotated = transform((rotated * self.out_signs[:, None]).T.contiguous()).T.contiguous()
-        return rotated
+        return transform((rotated * self.out_signs[:, None]).T.contiguous()).T.contiguous()
 
     def undo(self, rotated: Tensor) -> Tensor:
         """W̃ -> (out, in)."""
-        weight = rotated
-        if self.out_signs is not None:
-            weight = transform(weight.T.contiguous(), inverse=True).T * self.out_signs[:, None]
+        weight = transform(rotated.T.contiguous(), inverse=True).T * self.out_signs[:, None]
         return transform(weight.contiguous(), inverse=True) * self.in_signs
 
     def apply_to_hessian(self, hessian: Tensor) -> Tensor:
-        """H (in, in) of the rotated inputs, symmetric: W̃ H̃ W̃ᵀ is W H Wᵀ up to the output rotation."""
+        """H (in, in) of the rotated inputs, symmetric: the loss of W̃ under it is the loss of W under H."""
         half = transform(hessian.float() * self.in_signs).T.contiguous()
         rotated = transform(half * self.in_signs)
         return (rotated + rotated.T) / 2
 
     @property
     def stored_bits(self) -> int:
-        return self.in_signs.numel() + (0 if self.out_signs is None else self.out_signs.numel())
+        return self.in_signs.numel() + self.out_signs.numel()
 
 
 def incoherence(weight: Tensor) -> float:

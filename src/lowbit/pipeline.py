@@ -91,7 +91,7 @@ def quantize(
     job = _Job(net, open_source(net, checkpoint), blocks, plan, recipe, work, layout, torch.get_num_threads())
     layers = job.run(calibration)
     document = document_of(output, recipe, layers, time.perf_counter() - start)
-    config = layout.quantization_config(plan.schemes)
+    config = layout.quantization_config(plan.schemes, [r["name"] for r in layers if r["rotated"]])
     finish_directory(work, checkpoint, config, recipe, calibration, identity, document)
     work.close()
     return document

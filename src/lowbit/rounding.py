@@ -125,6 +125,7 @@ def round_linears(
             "loss": loss,
             "seconds": (time.perf_counter() - started) / len(sizes),
             "fallback": reason,
+            "rotated": chosen.rotation is not None,
         }
         rounded[name] = Rounded(chosen, report | notes)
     return rounded

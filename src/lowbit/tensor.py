@@ -63,7 +63,7 @@ class QuantizedTensor:
     def split_rows(self, sizes: list[int]) -> list["QuantizedTensor"]:
         """Row slices, for linears that were quantized together. Not for grids whose scales span rows."""
         assert self.scheme.granularity in ("channel", "group"), self.scheme
-        assert self.rotation is None or self.rotation.out_signs is None, "an output rotation spans rows"
+        assert self.rotation is None, "a rotation of the outputs spans rows"
         starts = [sum(sizes[:i]) for i in range(len(sizes))]
 
         def rows(part: Tensor | None, i: int) -> Tensor | None:

@@ -30,12 +30,11 @@ B = lattice.WIDTH
 
 @dataclass(frozen=True)
 class QuipSettings:
-    """dampening_frac: λ / mean(diag H). sweeps: passes after the first. rotate_outputs: both sides or inputs only.
-    signs_seed: of the random signs. follow_original: towards the original model's outputs (model/original.py)."""
+    """dampening_frac: λ / mean(diag H). sweeps: passes after the first. signs_seed: of the random signs.
+    follow_original: towards the original model's outputs (model/original.py)."""
 
     dampening_frac: float = 0.01
     sweeps: int = 6
-    rotate_outputs: bool = True
     signs_seed: int = 0
     follow_original: bool = True
 
@@ -47,7 +46,7 @@ def quip(
 
     Raises ValueError if H is not finite or no damping makes it positive definite.
     """
-    rotation = Rotation.random(weight.shape[0], weight.shape[1], settings.signs_seed, outputs=settings.rotate_outputs)
+    rotation = Rotation.random(weight.shape[0], weight.shape[1], settings.signs_seed)
     W, H = rotation.apply(weight), rotation.apply_to_hessian(alive(hessian.float()))
     if scheme.kind == "e8p":
         result, used = lattice_ldlq(W, H, scheme, settings, scale_dtype)

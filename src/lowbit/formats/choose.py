@@ -18,7 +18,7 @@ class Format:
 
     pack: Callable[[str, QuantizedTensor, Scheme], dict[str, Tensor]]
     unpack: Callable[[str, Callable[[str], Tensor], Scheme], QuantizedTensor]
-    quantization_config: Callable[[Mapping[str, Scheme]], dict[str, Any]]
+    quantization_config: Callable[[Mapping[str, Scheme], Iterable[str]], dict[str, Any]]  # schemes, rotated linears
     read_schemes: Callable[[Mapping[str, Any], Iterable[str]], dict[str, Scheme]]
 
 
@@ -26,7 +26,7 @@ FORMATS = {  # by the quant_method of config.json
     "compressed-tensors": Format(
         compressed_tensors.pack,
         compressed_tensors.unpack,
-        compressed_tensors.quantization_config,
+        lambda schemes, _rotated: compressed_tensors.quantization_config(schemes),
         compressed_tensors.read_schemes,
     ),
     native.QUANT_METHOD: Format(native.pack, native.unpack, native.quantization_config, native.read_schemes),

@@ -8,9 +8,10 @@ config.json holds `"quantization_config": {"quant_method": "lowbit", ...}` with 
     weight_scale      (out, groups) in the model's dtype; lattice: (out, 1)
     weight_table      learned: (out, 2^bits) bfloat16, ascending
     weight_shape      int64[2]
-    weight_in_signs, weight_out_signs   uint8, eight signs a byte, lowest bit first, 1 is minus; empty: not rotated
 
-and a layer of any other scheme is stored as compressed-tensors has it, with the signs beside it.
+A layer of any other scheme is stored as compressed-tensors has it. Beside either, a layer named under "rotated" has
+
+    weight_in_signs, weight_out_signs   uint8, eight signs a byte, lowest bit first, 1 is minus
 """
 
 from collections.abc import Callable, Iterable, Mapping
@@ -52,9 +53,9 @@ def pack(name: str, quantized: QuantizedTensor, scheme: Scheme) -> dict[str, Ten
             tensors[f"{name}.weight_table"] = quantized.table
     else:
         tensors = compressed_tensors.pack(name, replace(quantized, rotation=None), scheme)
-    for side in ("in", "out"):
-        signs = None if rotation is None else getattr(rotation, f"{side}_signs")
-        tensors[f"{name}.weight_{side}_signs"] = torch.empty(0, dtype=torch.uint8) if signs is None else _bits(signs)
+    if rotation is not None:
+        tensors[f"{name}.weight_in_signs"] = _bits(rotation.in_signs)
+        tensors[f"{name}.weight_out_signs"] = _bits(rotation.out_signs)
     return tensors
 
 
@@ -92,18 +93,14 @@ def unpack(name: str, get: Callable[[str], Tensor], scheme: Scheme) -> Quantized
         if grid.kind == "learned":
             table = _whole(f"{name}.weight_table", get(f"{name}.weight_table"), (rows, 2**grid.bits))
         quantized = QuantizedTensor(codes, scale, None, grid, table)
-    rows, columns = quantized.shape
-    in_signs = get(f"{name}.weight_in_signs")
-    if not in_signs.numel():
+    try:
+        packed_signs = get(f"{name}.weight_in_signs")
+    except KeyError:
         return quantized
-    out_signs = get(f"{name}.weight_out_signs")
-    return replace(
-        quantized,
-        rotation=Rotation(
-            _signs(f"{name}.weight_in_signs", in_signs, columns),
-            _signs(f"{name}.weight_out_signs", out_signs, rows) if out_signs.numel() else None,
-        ),
-    )
+    rows, columns = quantized.shape
+    in_signs = _signs(f"{name}.weight_in_signs", packed_signs, columns)
+    out_signs = _signs(f"{name}.weight_out_signs", get(f"{name}.weight_out_signs"), rows)
+    return replace(quantized, rotation=Rotation(in_signs, out_signs))
 
 
 def _whole(name: str, tensor: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -123,13 +120,44 @@ def _signs(name: str, packed: Tensor, count: int) -> Tensor:
     return torch.from_numpy(1 - 2 * negative)
 
 
-def quantization_config(schemes: Mapping[str, Scheme]) -> dict[str, Any]:
-    """config.json's `quantization_config` for linears (by full name) and their schemes."""
+def stored_shapes(
+    scheme: Scheme, shape: tuple[int, int], scale_dtype: torch.dtype, *, rotated: bool
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """(shape, dtype) of every tensor of a linear (out, in), by its last name. Raises InputError for schemes that
+    compressed-tensors stores in another way than packed integers."""
+    grid = scheme.weight
+    assert grid is not None
+    rows, columns = shape
+    words = -(-columns * grid.bits // 32)
+    parts: dict[str, tuple[tuple[int, ...], torch.dtype]] = {
+        "weight_scale": (scale_shape(grid, shape), scale_dtype),
+        "weight_shape": ((2,), torch.int64),
+        "weight_packed": ((rows, words), torch.int32),
+    }
+    if grid.kind == "e8p":
+        for part, bits in zip(_PARTS, STAGE_BITS[grid.bits], strict=False):
+            parts[part] = ((rows, columns // WIDTH), _STAGE_TYPES[bits])
+    elif grid.kind == "learned":
+        parts["weight_table"] = ((rows, 2**grid.bits), torch.bfloat16)
+    elif grid.kind == "int" and scheme.activation is None and grid.granularity != "tensor":
+        if not grid.symmetric:
+            groups = scale_shape(grid, shape)[1]
+            parts["weight_zero_point"] = ((-(-rows * grid.bits // 32), groups), torch.int32)
+    elif grid.kind != "nf":
+        raise InputError(f"transformers cannot load scheme {scheme} from lowbit's own layout; lowbit.load can.")
+    if rotated:
+        parts["weight_in_signs"] = ((-(-columns // 8),), torch.uint8)
+        parts["weight_out_signs"] = ((-(-rows // 8),), torch.uint8)
+    return parts
+
+
+def quantization_config(schemes: Mapping[str, Scheme], rotated: Iterable[str] = ()) -> dict[str, Any]:
+    """config.json's `quantization_config` for linears (by full name), their schemes and which of them are rotated."""
     layers: dict[str, list[str]] = {}
     for name, scheme in schemes.items():
         if scheme.weight is not None:
             layers.setdefault(str(scheme), []).append(name)
-    return {"quant_method": QUANT_METHOD, "format_version": 1, "layers": layers}
+    return {"quant_method": QUANT_METHOD, "format_version": 1, "layers": layers, "rotated": sorted(rotated)}
 
 
 def read_schemes(config: Mapping[str, Any], linears: Iterable[str]) -> dict[str, Scheme]:

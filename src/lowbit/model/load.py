@@ -107,7 +107,7 @@ class Source:
     @property
     def rotated(self) -> bool:
         """Whether any linear is stored in a rotated basis."""
-        return any(info.nbytes for name, info in self.checkpoint.tensors.items() if name.endswith(".weight_in_signs"))
+        return any(name.endswith(".weight_in_signs") for name in self.checkpoint.tensors)
 
     def linear(self, name: str) -> QuantizedTensor | None:
         """The quantized weight of linear `name`, or None if it is stored as it was."""
