@@ -1,5 +1,6 @@
 """The model card: what this directory is, in a page a person reads first."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -8,18 +9,12 @@ from lowbit.artifact import write_bytes
 _CARD = """# {title}
 
 `{model}` quantized to **{scheme}** with **{method}** by lowbit {version}: {bits:.2f} bits per weight in the quantized
-layers (codes and scales), {count} layers{fallbacks}.
+layers (codes, scales and tables), {count} layers{fallbacks}.
 
 ## Use
 
     lowbit evaluate {output} --against {model} --text YOUR_TEXT
-    vllm serve {output}
-
-```python
-from transformers import AutoModelForCausalLM  # needs the compressed-tensors package
-model = AutoModelForCausalLM.from_pretrained("{output}")
-```
-
+{use}
 ## Made with
 
     lowbit quantize {model} -o OUT --recipe {output}/lowbit.json
@@ -27,12 +22,31 @@ model = AutoModelForCausalLM.from_pretrained("{output}")
 Every layer's loss, the data's hash and the versions are in `lowbit.json`; `lowbit verify {output}` checks the files.
 """
 
+_USE = {
+    "compressed-tensors": """    vllm serve {output}
+
+```python
+from transformers import AutoModelForCausalLM  # needs the compressed-tensors package
+model = AutoModelForCausalLM.from_pretrained("{output}")
+```
+""",
+    "lowbit": """
+```python
+import lowbit.transformers  # registers lowbit's own layout, which no other engine reads
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained("{output}")  # weights become 16-bit in memory
+```
+""",
+}
+
 
 def write_card(path: Path, manifest: dict[str, Any], document: dict[str, Any]) -> None:
     output = Path(document["output"]).name
     fallbacks = sum(1 for r in document["layers"] if r["fallback"])
+    layout = json.loads((path / "config.json").read_text(encoding="utf-8"))["quantization_config"]["quant_method"]
     text = _CARD.format(
         title=output,
+        use=_USE[layout].format(output=output),
         output=output,
         model=manifest["model"]["name"],
         scheme=document["scheme"],
