@@ -2,7 +2,7 @@
 
 Uniform grids are affine in their codes: value = (code - zero_point) * scale. Integers live in [-2^(b-1), 2^(b-1) - 1]
 whether or not there is a zero point (which lives in the same range), so one dtype (int8) holds all of them; FP8 codes
-are float8_e4m3fn values. Table grids (E2M1, NF4, learned) have value = table[code] * scale with an ascending table of
+are float8_e4m3fn values. Table grids (mid-rise, E2M1, NF4, learned) have value = table[code] * scale with an ascending table of
 at most 16 entries, fixed or one per row; their codes count from 0. Lattice grids (`lattice.py`) have one code for eight
 entries. A scale may be stored in 8 bits: E4M3 for NVFP4, whose tensor is multiplied by one float32 first (`tensor.py`),
 and a power of two (E8M0) for MXFP4.
@@ -59,6 +59,8 @@ def fixed_table(scheme: TensorScheme) -> Tensor | None:
             return _E2M1
         case "nf", _:
             return _NF4
+        case "midrise", bits:
+            return torch.arange(2.0**bits) - scheme.qmax
         case "learned", bits:
             return torch.linspace(-1, 1, 2**bits)
         case _:

@@ -4,6 +4,7 @@ A scheme string reads `w<weight bits>a<activation bits>` and, after dashes, the 
 
     w4a16           4-bit symmetric integers, one scale per 128 inputs of a row; activations untouched
     w3a16-g64-asym  3 bits, groups of 64, with zero points
+    w2a16-midrise   2 bits, values ±½ and ±3/2 times the scale: even steps around 0 with none at 0
     w8a16-channel   one scale per output row
     w8a8            int8 weights (per channel) x int8 activations (one scale per token, found at run time)
     fp8             FP8 E4M3 weights (per channel) x FP8 activations (per token)
@@ -22,7 +23,7 @@ from typing import Literal
 from lowbit.errors import InputError, nearest
 
 Granularity = Literal["tensor", "channel", "group", "block", "token"]
-Kind = Literal["int", "float", "nf", "learned", "e8p"]
+Kind = Literal["int", "midrise", "float", "nf", "learned", "e8p"]
 DEFAULT_GROUP = 128
 
 
@@ -32,7 +33,7 @@ class TensorScheme:
 
     `granularity` for a weight (out, in): `tensor` one scale; `channel` one per row; `group` one per `group_size`
     columns of a row; `block` one per `group_size` x `group_size` tile. `token` is for activations: one per row of x.
-    `kind` is the grid: `int` codes minus a zero point; `float` E4M3 at 8 bits and E2M1 at 4; `nf` the fixed table of
+    `kind` is the grid: `int` codes minus a zero point; `midrise` codes plus a half; `float` E4M3 at 8 bits and E2M1 at 4; `nf` the fixed table of
     NF4; `learned` a table per row; `e8p` lattice points of eight weights.
     """
 
@@ -52,6 +53,8 @@ class TensorScheme:
         match self.kind:
             case "int":
                 return float(2 ** (self.bits - 1) - 1)
+            case "midrise":
+                return (2**self.bits - 1) / 2
             case "float":
                 return 448.0 if self.bits == 8 else 6.0
             case _:
@@ -100,6 +103,8 @@ class Scheme:
             text += f"-g{w.group_size}"
         elif a is None or w.granularity != "channel":
             text += f"-{w.granularity}"
+        if w.kind == "midrise":
+            return text + "-midrise"
         return text + ("" if w.symmetric else "-asym")
 
     @staticmethod
@@ -117,12 +122,12 @@ class Scheme:
         if not match:
             raise InputError(
                 f"unknown scheme {text!r}. {nearest(text, [*EXAMPLES, *PRESETS])} An integer scheme is "
-                "w<2-8>a16 or w8a8, then optionally -g<group size>, -channel or -tensor, then optionally -asym."
+                "w<2-8>a16 or w8a8, then optionally -g<group size>, -channel or -tensor, then optionally -asym or -midrise."
             )
         bits, activation_bits = int(match["bits"]), int(match["activation"])
         default = "channel" if activation_bits == 8 else f"g{DEFAULT_GROUP}"
         where = match["granularity"] or default
-        if activation_bits == 8 and (bits != 8 or where not in ("channel", "tensor") or match["asym"]):
+        if activation_bits == 8 and (bits != 8 or where not in ("channel", "tensor") or match["end"]):
             raise InputError(
                 f"scheme {text!r}: int8 activations go with symmetric 8-bit weights per channel or per tensor "
                 "(w8a8, w8a8-tensor), because one integer product is scaled once per row."
@@ -131,12 +136,16 @@ class Scheme:
         if where[0] == "g" and group < 1:
             raise InputError(f"scheme {text!r}: a group has at least 1 column, got {group}.")
         granularity: Granularity = "group" if group else where  # type: ignore[assignment]
-        weight = TensorScheme("int", bits, granularity, group, symmetric=not match["asym"])
+        if match["end"] == "-midrise":
+            if bits > 4 or activation_bits == 8 or granularity == "tensor":
+                raise InputError(f"scheme {text!r}: midrise grids have 2 to 4 bits and scales per group or channel.")
+            return Scheme(TensorScheme("midrise", bits, granularity, group))
+        weight = TensorScheme("int", bits, granularity, group, symmetric=not match["end"])
         return Scheme(weight, replace(_TOKEN_INT8) if activation_bits == 8 else None)
 
 
 _INTEGER = re.compile(
-    r"w(?P<bits>[2-8])a(?P<activation>16|8)(?:-(?P<granularity>g[0-9]{1,6}|channel|tensor))?(?P<asym>-asym)?"
+    r"w(?P<bits>[2-8])a(?P<activation>16|8)(?:-(?P<granularity>g[0-9]{1,6}|channel|tensor))?(?P<end>-asym|-midrise)?"
 )
 _TABLE = re.compile(r"(?P<name>nf(?=4)|any)(?P<bits>[234])(?:-g(?P<group>[0-9]{1,6}))?", re.ASCII)
 _TABLES = {"nf": ("nf", 64), "learned": ("any", DEFAULT_GROUP)}  # kind -> name, group size if none is given

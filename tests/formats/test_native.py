@@ -10,7 +10,21 @@ from lowbit.formats.choose import FORMATS, format_for, format_of_config
 from lowbit.scheme import Scheme
 from lowbit.tensor import QuantizedTensor
 
-ALL = ["any4", "any3", "any2", "nf4", "nf4-g128", "e8p2", "e8p3", "e8p4", "w2a16", "w3a16-g32-asym", "nvfp4", "fp8"]
+ALL = [
+    "any4",
+    "any3",
+    "any2",
+    "nf4",
+    "nf4-g128",
+    "w2a16-midrise",
+    "e8p2",
+    "e8p3",
+    "e8p4",
+    "w2a16",
+    "w3a16-g32-asym",
+    "nvfp4",
+    "fp8",
+]
 
 
 def made(text: str) -> tuple[QuantizedTensor, Scheme]:
@@ -22,7 +36,7 @@ def made(text: str) -> tuple[QuantizedTensor, Scheme]:
     H = x.T @ x / 400
     if scheme.weight.kind == "learned":
         return any4(weight, H, scheme.weight, Any4Settings(), torch.bfloat16), scheme
-    if scheme.weight.kind in ("int", "e8p"):
+    if scheme.weight.kind in ("int", "midrise", "e8p"):
         return quip(weight, H, scheme.weight, QuipSettings(sweeps=0), torch.bfloat16)[0], scheme
     return rtn(weight, scheme.weight, torch.bfloat16), scheme
 

@@ -24,7 +24,7 @@ class Method:
     rounding: Rounding
     settings: type
     needs_calibration: bool
-    grids: tuple[str, ...] = ("int", "float", "nf", "learned")  # the kinds of TensorScheme it rounds to
+    grids: tuple[str, ...] = ("int", "midrise", "float", "nf", "learned")  # the kinds of TensorScheme it rounds to
     one_by_one: bool = False  # linears that share an input may not be rounded as rows of one matrix
     own_layout: bool = False  # what it makes is more than standard formats can say
 
@@ -61,7 +61,14 @@ METHODS = {
     "rtn": Method(_rtn, RTNSettings, needs_calibration=False),
     "gptq": Method(_gptq, GPTQSettings, needs_calibration=True),
     "any4": Method(_any4, Any4Settings, needs_calibration=True, grids=("learned",)),
-    "quip": Method(_quip, QuipSettings, needs_calibration=True, grids=("int", "e8p"), one_by_one=True, own_layout=True),
+    "quip": Method(
+        _quip,
+        QuipSettings,
+        needs_calibration=True,
+        grids=("int", "midrise", "e8p"),
+        one_by_one=True,
+        own_layout=True,
+    ),
 }
 
 

@@ -10,7 +10,8 @@ where s_ij is the group's scale and a_j says what an error in column j costs: th
 paper takes E|x_j| and s to the first power). Lloyd's iterations run for all rows at once; one-dimensional clusters are
 intervals, so a round is a search in 15 thresholds and two sums a cluster. The exact optimum comes from a dynamic
 programme over the sorted weights, D[k][j] = min_i D[k-1][i] + cost(i, j), whose best i never decreases with j
-(Wu 1991; Grønlund et al. 2017): every level by divide and conquer, O(k n log n) a row.
+(Wu 1991; Grønlund et al. 2017): every level by divide and conquer, O(k n log n) a row. Run over bins of entries and
+for many rows at once, it is what Lloyd starts from.
 """
 
 from collections.abc import Callable
@@ -26,6 +27,8 @@ from lowbit.scheme import TensorScheme
 from lowbit.tensor import QuantizedTensor
 
 TABLE_DTYPE = torch.bfloat16
+_BINS = 128  # of a row's entries, for the start of Lloyd's iterations
+_ROWS = 64  # at a time
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,10 @@ def learn_table(
 
 def kmeans_1d(x: Tensor, cost: Tensor, start: Tensor, iterations: int) -> Tensor:
     """Lloyd's iterations for every row of x (rows, n) with costs (rows, n), from two starts: `start` (rows, k) and the
-    row's own weighted quantiles. Returns the better table (rows, k), ascending; never worse than `start`."""
+    optimum for the row's entries in bins. Returns the better table (rows, k), ascending; never worse than `start`."""
     best = start
     best_loss = clustering_loss(x, cost, start)
-    for table in (start, weighted_quantiles(x, cost, start.shape[1])):
+    for table in (start, binned_optimum(x, cost, start.shape[1])):
         for _ in range(iterations):
             moved = _centers(x, cost, table)
             if torch.equal(moved, table):
@@ -98,15 +101,54 @@ def _centers(x: Tensor, cost: Tensor, table: Tensor) -> Tensor:
     return torch.where(mass > 0, moment / mass.clamp(min=1e-38), table).sort(1).values
 
 
-def weighted_quantiles(x: Tensor, cost: Tensor, k: int) -> Tensor:
-    """(rows, k): the points that leave equal shares of density^(1/3) between them, the optimum for many entries
-    (Panter, Dite 1951), estimated by equal shares of the cube root of (cost times local spacing squared)."""
-    ordered, order = x.sort(1)
+def binned_optimum(x: Tensor, cost: Tensor, k: int) -> Tensor:
+    """(rows, k) ascending: for every row the best k values for its entries gathered in bins, exactly; no bins are
+    needed, and the result is the optimum, where a row has no more than that many entries."""
+    return torch.cat([_binned_optimum(*pair, k) for pair in zip(x.split(_ROWS), cost.split(_ROWS), strict=True)])
+
+
+def _binned_optimum(x: Tensor, cost: Tensor, k: int) -> Tensor:
+    """All intervals' losses at once: D[j] = min_i D[i] + loss(i, j), k - 1 times for all rows."""
+    ordered, order = x.double().sort(1)
+    weight = cost.double().gather(1, order)
+    mass, first, second = (_prefix(v, _bins(ordered, weight)) for v in _moments(ordered, weight))
+    m, f, s = (p[:, None, :] - p[:, :, None] for p in (mass, first, second))  # (rows, from, to)
+    loss = torch.where(m > 0, s - f * f / m.clamp(min=1e-300), 0.0).clamp(min=0)
+    count = loss.shape[1]
+    loss.masked_fill_(torch.ones(count, count).tril(-1).bool(), torch.inf)
+    best, cuts = loss[:, 0], []
+    for _ in range(k - 1):
+        best, cut = (best[:, :, None] + loss).min(1)
+        cuts.append(cut)
+    ends = [torch.full((len(x), 1), count - 1)]
+    for cut in reversed(cuts):
+        ends.append(cut.gather(1, ends[-1]))
+    bounds = torch.cat([torch.zeros(len(x), 1, dtype=torch.long), *reversed(ends)], 1)
+    m, f = (p.gather(1, bounds).diff(dim=1) for p in (mass, first))
+    centers = torch.where(m > 0, f / m.clamp(min=1e-300), ordered[:, :1])
+    return centers.sort(1).values.to(x.dtype)
+
+
+def _moments(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return weight, weight * x, weight * x * x
+
+
+def _bins(ordered: Tensor, weight: Tensor) -> Tensor:
+    """(rows, n) the bin of every sorted entry: equal shares of (density of cost)^(1/3), which is how the values of a
+    fine quantizer are spread (Panter, Dite 1951); an entry's share is the cube root of cost times gap squared."""
+    n = ordered.shape[1]
+    if n <= _BINS:
+        return torch.arange(n).expand(len(ordered), -1)
     gaps = torch.diff(ordered, prepend=ordered[:, :1]).clamp(min=1e-9)
-    share = (cost.gather(1, order).clamp(min=1e-20) * gaps.square()).pow(1 / 3).cumsum(1)
-    middle = (torch.arange(k) + 0.5) / k * share[:, -1:]
-    position = torch.searchsorted(share.contiguous(), middle.contiguous()).clamp(max=x.shape[1] - 1)
-    return ordered.gather(1, position)
+    share = (weight.clamp(min=1e-20) * gaps.square()).pow(1 / 3).cumsum(1)
+    return (share / share[:, -1:] * _BINS).long().clamp(max=_BINS - 1)
+
+
+def _prefix(values: Tensor, bins: Tensor) -> Tensor:
+    """(rows, bins + 1) sums of all bins before each."""
+    count = min(_BINS, values.shape[1])
+    total = torch.zeros(len(values), count + 1, dtype=values.dtype)
+    return total.scatter_add_(1, bins + 1, values).cumsum(1)
 
 
 def optimal_1d(x: Tensor, cost: Tensor, k: int) -> tuple[Tensor, float]:

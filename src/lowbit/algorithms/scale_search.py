@@ -54,7 +54,7 @@ def _candidates(scheme: TensorScheme) -> list[tuple[float, int]]:
     """(number of steps that the largest magnitude, or the range, is divided into; sign of the scale)."""
     if scheme.kind != "int":
         if scheme.bits <= 4:
-            return [(scheme.qmax * (0.7 + 0.05 * i), 1) for i in range(22)]
+            return [(scheme.qmax * (0.7 + 0.05 * i), 1) for i in range(22 if scheme.bits == 4 else 40)]
         return [(scheme.qmax * f, 1) for f in (1.0, 1.125, 1.25, 1.5, 1.75)]
     full = scheme.qmax - scheme.qmin if not scheme.symmetric else -scheme.qmin
     if scheme.bits <= 4:

@@ -1,4 +1,4 @@
-"""lowbit's own layout, for what no other format can say: learned tables, NF4, lattice codes, rotated weights.
+"""lowbit's own layout, for what no other format can say: mid-rise grids, tables, lattice codes, rotated weights.
 
 config.json holds `"quantization_config": {"quant_method": "lowbit", ...}` with the layers of every scheme. A layer has
 
@@ -32,7 +32,7 @@ from lowbit.scheme import Scheme
 from lowbit.tensor import QuantizedTensor
 
 QUANT_METHOD = "lowbit"
-OWN_KINDS = ("nf", "learned", "e8p")
+OWN_KINDS = ("midrise", "nf", "learned", "e8p")
 _STAGE_TYPES = {16: torch.int16, 8: torch.uint8}
 
 
@@ -143,7 +143,7 @@ def stored_shapes(
         if not grid.symmetric:
             groups = scale_shape(grid, shape)[1]
             parts["weight_zero_point"] = ((-(-rows * grid.bits // 32), groups), torch.int32)
-    elif grid.kind != "nf":
+    elif grid.kind not in ("nf", "midrise"):
         raise InputError(f"transformers cannot load scheme {scheme} from lowbit's own layout; lowbit.load can.")
     if rotated:
         parts["weight_in_signs"] = ((-(-columns // 8),), torch.uint8)

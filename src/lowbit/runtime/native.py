@@ -33,7 +33,7 @@ def why_not(config: Any, schemes: Mapping[str, Scheme], *, rotated: bool = False
         return "there is no native kernel for rotated weights"
     for scheme in schemes.values():
         weight = scheme.weight
-        table = weight is not None and weight.kind in ("nf", "learned") and weight.bits == 4
+        table = weight is not None and weight.kind in ("nf", "learned", "midrise") and weight.bits == 4
         if weight is None or not (table or (weight.kind == "int" and weight.bits in _BITS)):
             return f"there is no native kernel for {scheme}"
         if weight.granularity == "group" and weight.group_size % 32:
