@@ -1,11 +1,11 @@
 """The only place that rounds and groups.
 
-Uniform grids are affine in their codes: value = (code - zero_point) * scale. Integers live in [-2^(b-1), 2^(b-1) - 1]
-whether or not there is a zero point (which lives in the same range), so one dtype (int8) holds all of them; FP8 codes
-are float8_e4m3fn values. Table grids (mid-rise, E2M1, NF4, learned) have value = table[code] * scale with an ascending table of
-at most 16 entries, fixed or one per row; their codes count from 0. Lattice grids (`lattice.py`) have one code for eight
-entries. A scale may be stored in 8 bits: E4M3 for NVFP4, whose tensor is multiplied by one float32 first (`tensor.py`),
-and a power of two (E8M0) for MXFP4.
+Uniform grids are affine in their codes: value = (code - zero_point) * scale. Integers live in
+[-2^(b-1), 2^(b-1) - 1] whether or not there is a zero point (which lives in the same range), so one dtype (int8) holds
+all of them; FP8 codes are float8_e4m3fn values. Table grids (mid-rise, E2M1, NF4, learned) have value = table[code] *
+scale with an ascending table of at most 16 entries, fixed or one per row; their codes count from 0. Lattice grids
+(`lattice.py`) have one code for eight entries. A scale may be stored in 8 bits: E4M3 for NVFP4, whose tensor is
+multiplied by one float32 first (`tensor.py`), and a power of two (E8M0) for MXFP4.
 
 Entries that share a scale form a rectangle (`TensorScheme.tile`): a tensor of (out, in) is
 seen as (out/r, r, in/c, c) and a scale as (out/r, in/c). Tensor, channel, group and block are that one view.

@@ -33,8 +33,8 @@ class TensorScheme:
 
     `granularity` for a weight (out, in): `tensor` one scale; `channel` one per row; `group` one per `group_size`
     columns of a row; `block` one per `group_size` x `group_size` tile. `token` is for activations: one per row of x.
-    `kind` is the grid: `int` codes minus a zero point; `midrise` codes plus a half; `float` E4M3 at 8 bits and E2M1 at 4; `nf` the fixed table of
-    NF4; `learned` a table per row; `e8p` lattice points of eight weights.
+    `kind` is the grid: `int` codes minus a zero point; `midrise` codes plus a half; `float` E4M3 at 8 bits and E2M1 at
+    4; `nf` the fixed table of NF4; `learned` a table per row; `e8p` lattice points of eight weights.
     """
 
     kind: Kind
@@ -122,7 +122,8 @@ class Scheme:
         if not match:
             raise InputError(
                 f"unknown scheme {text!r}. {nearest(text, [*EXAMPLES, *PRESETS])} An integer scheme is "
-                "w<2-8>a16 or w8a8, then optionally -g<group size>, -channel or -tensor, then optionally -asym or -midrise."
+                "w<2-8>a16 or w8a8, then optionally -g<group size>, -channel or -tensor, then optionally -asym or "
+                "-midrise."
             )
         bits, activation_bits = int(match["bits"]), int(match["activation"])
         default = "channel" if activation_bits == 8 else f"g{DEFAULT_GROUP}"
