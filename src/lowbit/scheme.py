@@ -54,7 +54,7 @@ class TensorScheme:
             case "int":
                 return float(2 ** (self.bits - 1) - 1)
             case "midrise":
-                return (2**self.bits - 1) / 2
+                return float(2**self.bits - 1) / 2
             case "float":
                 return 448.0 if self.bits == 8 else 6.0
             case _:

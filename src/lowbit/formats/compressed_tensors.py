@@ -80,7 +80,7 @@ def pack(name: str, quantized: QuantizedTensor, scheme: Scheme) -> dict[str, Ten
         if quantized.tensor_scale is None:
             tensors[f"{name}.weight_scale"] = scale.view(torch.uint8)
         else:
-            tensors[f"{name}.weight_global_scale"] = quantized.tensor_scale.reshape(1)
+            tensors[f"{name}.weight_global_scale"] = quantized.tensor_scale.reshape(1).clone()
         return tensors
     if format_of(scheme) != "pack-quantized":
         tensors[f"{name}.weight"] = quantized.codes
