@@ -7,7 +7,9 @@ from lowbit.scheme import EXAMPLES, PRESETS, Scheme, TensorScheme
 
 granularities = st.one_of(st.just(""), st.just("-channel"), st.just("-tensor"), st.integers(1, 4096).map("-g{}".format))
 weight_only = st.builds("w{}a16{}{}".format, st.integers(2, 8), granularities, st.sampled_from(["", "-asym"]))
-strings = st.one_of(weight_only, st.sampled_from(["w8a8", "w8a8-channel", "w8a8-tensor", *PRESETS]))
+midrise = st.builds("w{}a16{}-midrise".format, st.integers(2, 4), st.sampled_from(["", "-g64", "-channel"]))
+tables = st.sampled_from(["nf4", "nf4-g128", "any4", "any3-g64", "any2"])
+strings = st.one_of(weight_only, midrise, tables, st.sampled_from(["w8a8", "w8a8-channel", "w8a8-tensor", *PRESETS]))
 
 
 @given(strings)

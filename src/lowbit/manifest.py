@@ -14,11 +14,9 @@ import lowbit
 from lowbit.artifact import MANIFEST, Work, disk_errors, file_hashes, write_json
 from lowbit.calibration import Calibration
 from lowbit.card import write_card
-from lowbit.formats.compressed_tensors import quantization_config
 from lowbit.model.checkpoint import INDEX, Checkpoint, open_checkpoint
 from lowbit.model.stream import fingerprint
 from lowbit.recipe import Recipe
-from lowbit.scheme import Scheme
 
 _COPIED = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
@@ -52,7 +50,7 @@ def document_of(output: Path, recipe: Recipe, layers: list[dict[str, Any]], seco
 def finish_directory(
     work: Work,
     checkpoint: Checkpoint,
-    schemes: Mapping[str, Scheme],
+    quantization_config: Mapping[str, Any],
     recipe: Recipe,
     calibration: Calibration | None,
     identity: Mapping[str, Any],
@@ -60,7 +58,7 @@ def finish_directory(
 ) -> None:
     """Write everything beside the shards; the manifest last, because it holds the others' hashes."""
     with disk_errors(work.path):
-        config = checkpoint.config | {"quantization_config": quantization_config(schemes)}
+        config = checkpoint.config | {"quantization_config": quantization_config}
         write_json(work.path / "config.json", config)
         write_json(work.path / INDEX, _index(work.path))
         for pattern in _COPIED:

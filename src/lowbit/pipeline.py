@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowbit.algorithms import METHODS
+from lowbit.algorithms import METHODS, make_settings
 from lowbit.artifact import MANIFEST, Work, check_output, check_same, clean, read_manifest, replaces
 from lowbit.calibration import Calibration, load_calibration
 from lowbit.console import note, track
 from lowbit.errors import InputError
-from lowbit.formats.compressed_tensors import pack, unpack
+from lowbit.formats.choose import Format, format_for
 from lowbit.manifest import document_of, finish_directory, shard_name, versions
 from lowbit.model.checkpoint import DEMO, Checkpoint, open_checkpoint
 from lowbit.model.load import (
@@ -37,6 +37,7 @@ from lowbit.model.load import (
     skeleton,
 )
 from lowbit.model.lockstep import Walk
+from lowbit.model.original import Correction, Original
 from lowbit.model.walk import Blocks, Entry, capture_entries, find_blocks, input_groups, linears
 from lowbit.preflight import Plan, check_disk, make_plan
 from lowbit.recipe import Recipe
@@ -86,10 +87,12 @@ def quantize(
         clean(output)
         return {**manifest["summary"], "output": str(output), "layers": manifest["layers"]}
     work = Work(output, identity, resume=resume, force=force)
-    job = _Job(net, open_source(net, checkpoint), blocks, plan, recipe, work, torch.get_num_threads())
+    layout = format_for(plan.schemes.values(), own_layout=METHODS[recipe.method].own_layout)
+    job = _Job(net, open_source(net, checkpoint), blocks, plan, recipe, work, layout, torch.get_num_threads())
     layers = job.run(calibration)
     document = document_of(output, recipe, layers, time.perf_counter() - start)
-    finish_directory(work, checkpoint, plan.schemes, recipe, calibration, identity, document)
+    config = layout.quantization_config(plan.schemes, [r["name"] for r in layers if r["rotated"]])
+    finish_directory(work, checkpoint, config, recipe, calibration, identity, document)
     work.close()
     return document
 
@@ -104,6 +107,7 @@ class _Job:
     plan: Plan
     recipe: Recipe
     work: Work
+    layout: Format
     threads: int
 
     def run(self, calibration: Calibration | None) -> list[dict[str, Any]]:
@@ -111,6 +115,7 @@ class _Job:
         names = self.blocks.names
         dtype = compute_dtype()
         entries = [] if calibration is None else self._enter(calibration, dtype)
+        original = Original(entries, self.threads) if entries and self._follows() else None
         layers: list[dict[str, Any]] = []
         for index, name in enumerate(track(names, "quantizing blocks", len(names))):
             started = time.perf_counter()
@@ -118,11 +123,11 @@ class _Job:
             block = materialize(self.net, name, self.source, dtype)
             report = self.work.report(shard)
             if report is None:
-                rounded = self._round_block(block, index, entries)
+                rounded = self._round_block(block, index, entries, original)
                 stored = [t for t in self.source.checkpoint.tensors if t.startswith(name + ".")]
                 report = self._write(shard, stored, {f"{name}.{n}": r for n, r in rounded.items()})
             elif entries:
-                self._replay(block, index, entries, shard)
+                self._replay(block, index, entries, original, shard)
             release(block)
             layers += report
             note(_block_line(name, report, time.perf_counter() - started))
@@ -136,25 +141,39 @@ class _Job:
             entry.held_out = True
         return entries
 
-    def _round_block(self, block: nn.Module, index: int, entries: list[Entry]) -> dict[str, Rounded]:
+    def _follows(self) -> bool:
+        """Whether the method rounds towards the original model's outputs (model/original.py)."""
+        return bool(getattr(make_settings(self.recipe.method, dict(self.recipe.set)), "follow_original", False))
+
+    def _round_block(
+        self, block: nn.Module, index: int, entries: list[Entry], original: Original | None
+    ) -> dict[str, Rounded]:
         """Every planned linear of the block, by local name; the entries' hidden states move past the block."""
         name = self.blocks.names[index]
         schemes = self.plan.quantized(name)
         rounded: dict[str, Rounded] = {}
         if entries:
             groups = input_groups(block, entries[0], index)
-            walk = Walk(block, index, entries, groups, _activations(schemes), self.threads)
+            if original is not None:
+                original.enter(block, index, groups)
+            watched = [] if original is None else original.watched
+            walk = Walk(block, index, entries, groups, _activations(schemes), self.threads, watched)
             for k, group in enumerate(groups):
                 wanted = [n for n in group.names if n in schemes]
                 if not wanted:
                     continue
                 width = linears(block)[wanted[0]].in_features
                 statistics = Statistics.collect(walk, k, width)
+                correction = None
+                if original is not None and statistics.train.rows:
+                    correction = original.correction(walk, k, wanted, statistics.train.mean())
                 for scheme in dict.fromkeys(schemes[n] for n in wanted):
                     same = [n for n in wanted if schemes[n] == scheme]
-                    rounded |= self._round(block, name, same, scheme, statistics)
+                    rounded |= self._round(block, name, same, scheme, statistics, correction)
             for entry, hidden in zip(entries, walk.finish(), strict=True):
                 entry.hidden = hidden
+            if original is not None:
+                original.leave()
         for local, scheme in schemes.items():
             if local not in rounded:  # no calibration data, or none that reached it
                 empty = Statistics.empty(linears(block)[local].in_features) if entries else None
@@ -162,24 +181,36 @@ class _Job:
         return {local: rounded[local] for local in schemes}
 
     def _round(
-        self, block: nn.Module, name: str, same: list[str], scheme: Scheme, statistics: Statistics | None
+        self,
+        block: nn.Module,
+        name: str,
+        same: list[str],
+        scheme: Scheme,
+        statistics: Statistics | None,
+        correction: Correction | None = None,
     ) -> dict[str, Rounded]:
         """Round linears of one input and scheme from their stored weights, and put the results into the block."""
         checkpoint = self.source.checkpoint
         weights = {f"{name}.{n}": checkpoint.get(f"{name}.{n}.weight") for n in same}
-        results = round_linears(weights, scheme, statistics, self.recipe, checkpoint.dtype)
+        goals = {} if correction is None else {f"{name}.{n}": correction.goal(n, weights[f"{name}.{n}"]) for n in same}
+        results = round_linears(weights, scheme, statistics, self.recipe, checkpoint.dtype, goals)
         by_local = {n: results[f"{name}.{n}"] for n in same}
         for local, result in by_local.items():
             _put(block, local, result.quantized.dequantize(linears(block)[local].weight.dtype))
         return by_local
 
-    def _replay(self, block: nn.Module, index: int, entries: list[Entry], shard: str) -> None:
+    def _replay(
+        self, block: nn.Module, index: int, entries: list[Entry], original: Original | None, shard: str
+    ) -> None:
         """Bring back a block that an earlier run finished, and let the calibration batches pass through it."""
+        if original is not None:
+            original.enter(block, index, ())
+            original.leave()
         name = self.blocks.names[index]
         schemes = self.plan.quantized(name)
         tensors = safetensors.torch.load_file(self.work.path / shard)
         for local, scheme in schemes.items():
-            quantized = unpack(f"{name}.{local}", tensors.__getitem__, scheme)
+            quantized = self.layout.unpack(f"{name}.{local}", tensors.__getitem__, scheme)
             _put(block, local, quantized.dequantize(linears(block)[local].weight.dtype))
         walk = Walk(block, index, entries, (), _activations(schemes), self.threads)
         for entry, hidden in zip(entries, walk.finish(), strict=True):
@@ -191,11 +222,11 @@ class _Job:
         packed = {f"{name}.weight" for name in rounded}
         tensors: dict[str, Tensor] = {t: self.source.checkpoint.get(t) for t in stored if t not in packed}
         for name, result in rounded.items():
-            tensors |= pack(name, result.quantized, self.plan.schemes[name])
+            tensors |= self.layout.pack(name, result.quantized, self.plan.schemes[name])
         self.work.write_shard(shard, tensors)
         read = safetensors.torch.load_file(self.work.path / shard)
         for name, result in rounded.items():
-            back = unpack(name, read.__getitem__, self.plan.schemes[name])
+            back = self.layout.unpack(name, read.__getitem__, self.plan.schemes[name])
             if not torch.equal(back.dequantize(), result.quantized.dequantize()):
                 raise AssertionError(f"{shard}: {name} reads back differently from what was written")
         report = [result.report for result in rounded.values()]

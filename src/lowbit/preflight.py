@@ -9,7 +9,7 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowbit.algorithms import find_method, make_settings
+from lowbit.algorithms import METHODS, find_method, make_settings
 from lowbit.errors import InputError
 from lowbit.model.checkpoint import Checkpoint
 from lowbit.model.walk import Blocks, linears
@@ -34,7 +34,7 @@ class Plan:
 def make_plan(model: PreTrainedModel, blocks: Blocks, checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     """Raises InputError for an unknown method or setting, a scheme that a layer's shape cannot take, a pattern that
     matches nothing, a model that is quantized already."""
-    find_method(recipe.method)
+    method = find_method(recipe.method)
     make_settings(recipe.method, dict(recipe.set))
     if checkpoint.quantization is not None:
         raise InputError(
@@ -49,6 +49,8 @@ def make_plan(model: PreTrainedModel, blocks: Blocks, checkpoint: Checkpoint, re
         scheme = recipe.scheme_of(name) if inside or name in asked else Scheme(None)
         if scheme.weight is not None:
             rows, columns = module.weight.shape
+            if scheme.weight.kind not in method.grids:
+                raise InputError(_other_method(recipe.method, scheme))
             try:
                 scale_shape(scheme.weight, (rows, columns))
             except InputError as error:
@@ -83,6 +85,13 @@ def _asked_outside(model: PreTrainedModel, blocks: Blocks, recipe: Recipe) -> di
                         raise InputError(f"override {pattern!r}: outside the blocks, weights alone: w8a16-channel, ...")
                     asked[name] = module
     return asked
+
+
+def _other_method(method: str, scheme: Scheme) -> str:
+    kind = scheme.weight.kind if scheme.weight is not None else None
+    fitting = [name for name, m in METHODS.items() if kind in m.grids]
+    reason = {"learned": "has learned tables", "e8p": "is a lattice"}.get(str(kind), "is another kind of grid")
+    return f"method {method!r} does not round to scheme {scheme}, which {reason}: use --method {' or '.join(fitting)}."
 
 
 def _kinds(names: Mapping[str, nn.Linear | nn.Embedding]) -> list[str]:

@@ -76,47 +76,56 @@ def round_linears(
     statistics: Statistics | None,
     recipe: Recipe,
     scale_dtype: torch.dtype,
+    goals: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Rounded]:
     """Quantize linears (out_i, in), by full name, that share an input and a scheme.
 
     They are rows of one matrix where no scale spans rows: one factorization, one sweep. `statistics` is None for a
-    recipe without calibration data. Raises InputError if the activations are mostly not finite.
+    recipe without calibration data; `goals` is what to round instead of the weights (model/original.py). Raises
+    InputError if the activations are mostly not finite.
     """
     grid = scheme.weight
     assert grid is not None
-    if grid.granularity not in ("channel", "group") and len(weights) > 1:
+    together = grid.granularity in ("channel", "group") and not METHODS[recipe.method].one_by_one
+    if not together and len(weights) > 1:
         alone = ({name: weight} for name, weight in weights.items())
-        return {k: v for w in alone for k, v in round_linears(w, scheme, statistics, recipe, scale_dtype).items()}
+        every = (round_linears(w, scheme, statistics, recipe, scale_dtype, goals) for w in alone)
+        return {k: v for rounded in every for k, v in rounded.items()}
     started = time.perf_counter()
     stacked = torch.cat([w.float() for w in weights.values()])
     plain = rtn(stacked, grid, scale_dtype)
-    result, notes, fallback = _apply(next(iter(weights)), stacked, scheme, statistics, recipe, plain)
+    goal = torch.cat([goals[name] for name in weights]) if goals else stacked
+    result, notes, fallback = _apply(next(iter(weights)), goal, scheme, statistics, recipe, plain)
     sizes = [len(w) for w in weights.values()]
     whole = len(sizes) == 1
     parts = zip(
         weights.items(),
+        goal.split(sizes),
         [result] if whole else result.split_rows(sizes),
         [plain] if whole else plain.split_rows(sizes),
         strict=True,
     )
     rounded = {}
-    for (name, weight), mine, theirs in parts:
+    for (name, weight), target, mine, theirs in parts:
         chosen, reason = mine, fallback
         loss = loss_rtn = None
         if statistics is not None and statistics.train.rows:
-            loss, held_out = statistics.loss(weight.float() - mine.dequantize())
-            loss_rtn, held_out_rtn = statistics.loss(weight.float() - theirs.dequantize())
+            loss, _ = statistics.loss(weight.float() - mine.dequantize())
+            loss_rtn, _ = statistics.loss(weight.float() - theirs.dequantize())
+            _, held_out = statistics.loss(target - mine.dequantize())
+            _, held_out_rtn = statistics.loss(target - theirs.dequantize())
             if reason is None and held_out is not None and held_out_rtn is not None and held_out > held_out_rtn:
                 chosen, reason, loss = theirs, "worse than rtn on held-out windows: rtn", loss_rtn
         report = {
             "name": name,
             "scheme": str(scheme),
-            "bits": chosen.stored_bits / chosen.codes.numel(),
-            "weights": chosen.codes.numel(),
+            "bits": chosen.stored_bits / chosen.numel,
+            "weights": chosen.numel,
             "loss_rtn": loss_rtn,
             "loss": loss,
             "seconds": (time.perf_counter() - started) / len(sizes),
             "fallback": reason,
+            "rotated": chosen.rotation is not None,
         }
         rounded[name] = Rounded(chosen, report | notes)
     return rounded
@@ -136,6 +145,7 @@ def round_plain(name: str, weight: Tensor, scheme: Scheme, scale_dtype: torch.dt
         "loss": None,
         "seconds": time.perf_counter() - started,
         "fallback": None,
+        "rotated": False,
     }
     return Rounded(quantized, report)
 

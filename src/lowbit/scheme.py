@@ -4,9 +4,15 @@ A scheme string reads `w<weight bits>a<activation bits>` and, after dashes, the 
 
     w4a16           4-bit symmetric integers, one scale per 128 inputs of a row; activations untouched
     w3a16-g64-asym  3 bits, groups of 64, with zero points
+    w2a16-midrise   2 bits, values ±½ and ±3/2 times the scale: even steps around 0 with none at 0
     w8a16-channel   one scale per output row
     w8a8            int8 weights (per channel) x int8 activations (one scale per token, found at run time)
     fp8             FP8 E4M3 weights (per channel) x FP8 activations (per token)
+    mxfp4           4-bit floats (E2M1), one power of two per 32 inputs; activations untouched
+    nvfp4           4-bit floats (E2M1), one FP8 scale per 16 inputs and one float scale for the tensor
+    nf4             16 quantiles of a Gaussian, one scale per 64 inputs (`nf4-g128`: of another group size)
+    any4            16 values learned for every output row, one scale per 128 inputs; any3 and any2: 8 and 4 values
+    e8p2            points of the E8 lattice, 8 weights a code (method quip): 2 bits; e8p3, e8p4
     none            leave the layer alone (for overrides)
 """
 
@@ -17,6 +23,7 @@ from typing import Literal
 from lowbit.errors import InputError, nearest
 
 Granularity = Literal["tensor", "channel", "group", "block", "token"]
+Kind = Literal["int", "midrise", "float", "nf", "learned", "e8p"]
 DEFAULT_GROUP = 128
 
 
@@ -26,9 +33,11 @@ class TensorScheme:
 
     `granularity` for a weight (out, in): `tensor` one scale; `channel` one per row; `group` one per `group_size`
     columns of a row; `block` one per `group_size` x `group_size` tile. `token` is for activations: one per row of x.
+    `kind` is the grid: `int` codes minus a zero point; `midrise` codes plus a half; `float` E4M3 at 8 bits and E2M1 at
+    4; `nf` the fixed table of NF4; `learned` a table per row; `e8p` lattice points of eight weights.
     """
 
-    kind: Literal["int", "float"]
+    kind: Kind
     bits: int
     granularity: Granularity
     group_size: int = 0
@@ -36,11 +45,25 @@ class TensorScheme:
 
     @property
     def qmin(self) -> float:
-        return -(2 ** (self.bits - 1)) if self.kind == "int" else -448.0
+        return -(2 ** (self.bits - 1)) if self.kind == "int" else -self.qmax
 
     @property
     def qmax(self) -> float:
-        return 2 ** (self.bits - 1) - 1 if self.kind == "int" else 448.0
+        """The largest value of the grid at scale 1."""
+        match self.kind:
+            case "int":
+                return float(2 ** (self.bits - 1) - 1)
+            case "midrise":
+                return float(2**self.bits - 1) / 2
+            case "float":
+                return 448.0 if self.bits == 8 else 6.0
+            case _:
+                return 1.0
+
+    @property
+    def nested(self) -> bool:
+        """Whether the scales of groups are themselves multiplied by one scale of the whole tensor (NVFP4)."""
+        return self.kind == "float" and self.bits == 4 and self.group_size == 16
 
     def tile(self, rows: int, columns: int) -> tuple[int, int]:
         """(rows, columns) of the rectangle of entries that share one scale, in a tensor of that shape."""
@@ -66,6 +89,13 @@ class Scheme:
         w, a = self.weight, self.activation
         if w is None:
             return "none"
+        if w.kind == "float" and w.bits == 4:
+            return "nvfp4" if w.nested else "mxfp4"
+        if w.kind == "e8p":
+            return f"e8p{w.bits}"
+        if w.kind in _TABLES:
+            name, group = _TABLES[w.kind]
+            return f"{name}{w.bits}" + ("" if w.group_size == group else f"-g{w.group_size}")
         if w.kind == "float":
             return {"channel": "fp8", "block": "fp8-block", "tensor": "fp8-tensor"}[w.granularity]
         text = f"w{w.bits}a{a.bits if a else 16}"
@@ -73,6 +103,8 @@ class Scheme:
             text += f"-g{w.group_size}"
         elif a is None or w.granularity != "channel":
             text += f"-{w.granularity}"
+        if w.kind == "midrise":
+            return text + "-midrise"
         return text + ("" if w.symmetric else "-asym")
 
     @staticmethod
@@ -80,16 +112,23 @@ class Scheme:
         """The scheme that `text` names. Raises InputError with the nearest known strings."""
         if text in PRESETS:
             return PRESETS[text]
+        if table := _TABLE.fullmatch(text):
+            kind: Kind = "nf" if table["name"] == "nf" else "learned"
+            size = int(table["group"] or _TABLES[kind][1])
+            if size < 1:
+                raise InputError(f"scheme {text!r}: a group has at least 1 column, got {size}.")
+            return Scheme(TensorScheme(kind, int(table["bits"]), "group", size))
         match = _INTEGER.fullmatch(text)
         if not match:
             raise InputError(
                 f"unknown scheme {text!r}. {nearest(text, [*EXAMPLES, *PRESETS])} An integer scheme is "
-                "w<2-8>a16 or w8a8, then optionally -g<group size>, -channel or -tensor, then optionally -asym."
+                "w<2-8>a16 or w8a8, then optionally -g<group size>, -channel or -tensor, then optionally -asym or "
+                "-midrise."
             )
         bits, activation_bits = int(match["bits"]), int(match["activation"])
         default = "channel" if activation_bits == 8 else f"g{DEFAULT_GROUP}"
         where = match["granularity"] or default
-        if activation_bits == 8 and (bits != 8 or where not in ("channel", "tensor") or match["asym"]):
+        if activation_bits == 8 and (bits != 8 or where not in ("channel", "tensor") or match["end"]):
             raise InputError(
                 f"scheme {text!r}: int8 activations go with symmetric 8-bit weights per channel or per tensor "
                 "(w8a8, w8a8-tensor), because one integer product is scaled once per row."
@@ -98,13 +137,19 @@ class Scheme:
         if where[0] == "g" and group < 1:
             raise InputError(f"scheme {text!r}: a group has at least 1 column, got {group}.")
         granularity: Granularity = "group" if group else where  # type: ignore[assignment]
-        weight = TensorScheme("int", bits, granularity, group, symmetric=not match["asym"])
+        if match["end"] == "-midrise":
+            if bits > 4 or activation_bits == 8 or granularity == "tensor":
+                raise InputError(f"scheme {text!r}: midrise grids have 2 to 4 bits and scales per group or channel.")
+            return Scheme(TensorScheme("midrise", bits, granularity, group))
+        weight = TensorScheme("int", bits, granularity, group, symmetric=not match["end"])
         return Scheme(weight, replace(_TOKEN_INT8) if activation_bits == 8 else None)
 
 
 _INTEGER = re.compile(
-    r"w(?P<bits>[2-8])a(?P<activation>16|8)(?:-(?P<granularity>g[0-9]{1,6}|channel|tensor))?(?P<asym>-asym)?"
+    r"w(?P<bits>[2-8])a(?P<activation>16|8)(?:-(?P<granularity>g[0-9]{1,6}|channel|tensor))?(?P<end>-asym|-midrise)?"
 )
+_TABLE = re.compile(r"(?P<name>nf(?=4)|any)(?P<bits>[234])(?:-g(?P<group>[0-9]{1,6}))?", re.ASCII)
+_TABLES = {"nf": ("nf", 64), "learned": ("any", DEFAULT_GROUP)}  # kind -> name, group size if none is given
 _TOKEN_INT8 = TensorScheme("int", 8, "token")
 _TOKEN_FP8 = TensorScheme("float", 8, "token")
 
@@ -113,5 +158,8 @@ PRESETS = {
     "fp8": Scheme(TensorScheme("float", 8, "channel"), _TOKEN_FP8),
     "fp8-tensor": Scheme(TensorScheme("float", 8, "tensor"), _TOKEN_FP8),
     "fp8-block": Scheme(TensorScheme("float", 8, "block", 128), _TOKEN_FP8),
+    "mxfp4": Scheme(TensorScheme("float", 4, "group", 32)),
+    "nvfp4": Scheme(TensorScheme("float", 4, "group", 16)),
+    **{f"e8p{bits}": Scheme(TensorScheme("e8p", bits, "channel")) for bits in (2, 3, 4)},
 }
-EXAMPLES = ("w4a16", "w4a16-g128", "w4a16-g32-asym", "w3a16", "w2a16", "w8a16", "w8a16-channel", "w8a8")
+EXAMPLES = ("w4a16", "w4a16-g128", "w4a16-g32-asym", "w3a16", "w2a16", "w8a16", "w8a16-channel", "w8a8", "nf4", "any4")

@@ -5,6 +5,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lowbit.hadamard import Rotation
+from lowbit.lattice import WIDTH
 from lowbit.numerics import dequantize
 from lowbit.scheme import TensorScheme
 
@@ -13,31 +15,67 @@ from lowbit.scheme import TensorScheme
 class QuantizedTensor:
     """A weight (out, in) as codes on a grid; `dequantize()` defines what it means.
 
-    codes       (out, in) int8, or float8_e4m3fn for a float grid
-    scale       (out/r, in/c) in its storage dtype; may be negative (see algorithms/scale_search.py)
-    zero_point  (out/r, in/c) int8, or None for a symmetric grid
+    codes         (out, in) int8, or float8_e4m3fn for FP8; a lattice: int32 (out, in/8, stages)
+    scale         (out/r, in/c) in its storage dtype; may be negative (see algorithms/scale_search.py)
+    zero_point    (out/r, in/c) int8, or None for a symmetric grid
+    table         (out, 2^bits) ascending values of a learned grid, in their storage dtype; None for all others
+    tensor_scale  () float32: everything is divided by it (NVFP4, whose group scales are E4M3); None for all others
+    rotation      what the stored weight was multiplied with on both sides (algorithms/quip.py), or None
     """
 
     codes: Tensor
     scale: Tensor
     zero_point: Tensor | None
     scheme: TensorScheme
+    table: Tensor | None = None
+    tensor_scale: Tensor | None = None
+    rotation: Rotation | None = None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(out, in)."""
+        width = WIDTH if self.scheme.kind == "e8p" else 1
+        return self.codes.shape[0], self.codes.shape[1] * width
+
+    @property
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def step(self) -> Tensor:
+        """(out/r, in/c) float32: the scale with the tensor's own scale put in."""
+        scale = self.scale.float()
+        return scale if self.tensor_scale is None else scale / self.tensor_scale
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """(out, in) values, computed in float32 and rounded once to `dtype`."""
-        return dequantize(self.codes, self.scale, self.zero_point, self.scheme).to(dtype)
+        values = dequantize(self.codes, self.step, self.zero_point, self.scheme, self.table)
+        return (values if self.rotation is None else self.rotation.undo(values)).to(dtype)
 
     @property
     def stored_bits(self) -> int:
-        """Bits of codes, scales and zero points; divide by codes.numel() for bits per weight."""
-        bits = self.codes.numel() * self.scheme.bits + self.scale.numel() * self.scale.element_size() * 8
-        return bits + (0 if self.zero_point is None else self.zero_point.numel() * self.scheme.bits)
+        """Bits of codes, scales, zero points, tables and signs; divide by `numel` for bits per weight."""
+        parts = (self.scale, self.table, self.tensor_scale)
+        bits = self.numel * self.scheme.bits + sum(p.numel() * p.element_size() * 8 for p in parts if p is not None)
+        bits += 0 if self.zero_point is None else self.zero_point.numel() * self.scheme.bits
+        return bits + (0 if self.rotation is None else self.rotation.stored_bits)
 
     def split_rows(self, sizes: list[int]) -> list["QuantizedTensor"]:
         """Row slices, for linears that were quantized together. Not for grids whose scales span rows."""
         assert self.scheme.granularity in ("channel", "group"), self.scheme
-        zeros = [None] * len(sizes) if self.zero_point is None else self.zero_point.split(sizes)
+        assert self.rotation is None, "a rotation of the outputs spans rows"
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+
+        def rows(part: Tensor | None, i: int) -> Tensor | None:
+            return None if part is None else part[starts[i] : starts[i] + sizes[i]].contiguous()
+
         return [
-            replace(self, codes=c.contiguous(), scale=s.contiguous(), zero_point=None if z is None else z.contiguous())
-            for c, s, z in zip(self.codes.split(sizes), self.scale.split(sizes), zeros, strict=True)
+            replace(
+                self,
+                codes=self.codes[starts[i] : starts[i] + sizes[i]].contiguous(),
+                scale=self.scale[starts[i] : starts[i] + sizes[i]].contiguous(),
+                zero_point=rows(self.zero_point, i),
+                table=rows(self.table, i),
+            )
+            for i in range(len(sizes))
         ]

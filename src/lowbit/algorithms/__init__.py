@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.algorithms.any4 import Any4Settings, any4
 from lowbit.algorithms.gptq import GPTQSettings, gptq
+from lowbit.algorithms.quip import QuipSettings, quip
 from lowbit.algorithms.rtn import RTNSettings, rtn
 from lowbit.errors import InputError, nearest
 from lowbit.scheme import TensorScheme
@@ -22,6 +24,9 @@ class Method:
     rounding: Rounding
     settings: type
     needs_calibration: bool
+    grids: tuple[str, ...] = ("int", "midrise", "float", "nf", "learned")  # the kinds of TensorScheme it rounds to
+    one_by_one: bool = False  # linears that share an input may not be rounded as rows of one matrix
+    own_layout: bool = False  # what it makes is more than standard formats can say
 
 
 def _rtn(
@@ -38,9 +43,32 @@ def _gptq(
     return quantized, {"dampening_frac": dampening}
 
 
+def _any4(
+    weight: Tensor, hessian: Tensor | None, scheme: TensorScheme, settings: Any4Settings, dtype: torch.dtype
+) -> tuple[QuantizedTensor, dict[str, Any]]:
+    return any4(weight, hessian, scheme, settings, dtype), {}
+
+
+def _quip(
+    weight: Tensor, hessian: Tensor | None, scheme: TensorScheme, settings: QuipSettings, dtype: torch.dtype
+) -> tuple[QuantizedTensor, dict[str, Any]]:
+    assert hessian is not None
+    quantized, dampening = quip(weight, hessian, scheme, settings, dtype)
+    return quantized, {"dampening_frac": dampening}
+
+
 METHODS = {
     "rtn": Method(_rtn, RTNSettings, needs_calibration=False),
     "gptq": Method(_gptq, GPTQSettings, needs_calibration=True),
+    "any4": Method(_any4, Any4Settings, needs_calibration=True, grids=("learned",)),
+    "quip": Method(
+        _quip,
+        QuipSettings,
+        needs_calibration=True,
+        grids=("int", "midrise", "e8p"),
+        one_by_one=True,
+        own_layout=True,
+    ),
 }
 
 

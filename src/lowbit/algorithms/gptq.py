@@ -16,13 +16,14 @@ column i costs (w_i - ŵ_i)² / [H⁻¹]_ii after the best update of the later c
   one nearest to ŵ_i + [(W - Ŵ) H]_i / H_ii, which never raises the loss; and group scales are refitted exactly.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from lowbit.algorithms.any4 import learn_table
 from lowbit.algorithms.scale_search import search_qparams
-from lowbit.numerics import choose_qparams, grid_value, quantize, round_to_grid
+from lowbit.numerics import choose_qparams, nearest_value, quantize, storable, tensor_scale_of
 from lowbit.scheme import TensorScheme
 from lowbit.tensor import QuantizedTensor
 
@@ -30,13 +31,15 @@ from lowbit.tensor import QuantizedTensor
 @dataclass(frozen=True)
 class GPTQSettings:
     """dampening_frac: λ / mean(diag H). block_size: columns between lazy updates. desc_act: activation order.
-    scale_search: weighted search instead of min-max. sweeps: refinement passes after the GPTQ pass."""
+    scale_search: weighted search instead of min-max. sweeps: refinement passes after the GPTQ pass.
+    follow_original: round towards the original model's outputs (model/original.py) instead of the weights."""
 
     dampening_frac: float = 0.01
     block_size: int = 128
     desc_act: bool = True
     scale_search: bool = True
     sweeps: int = 2
+    follow_original: bool = False
 
 
 def gptq(
@@ -46,16 +49,21 @@ def gptq(
 
     Raises ValueError if H is not finite or no damping makes it positive definite.
     """
-    W = weight.float()
-    H = _alive(hessian.float())
+    tensor_scale = tensor_scale_of(weight, scheme)
+    weight = weight.float() if tensor_scale is None else weight.float() * tensor_scale
+    W = weight
+    H = alive(hessian.float())
     order = column_order(H.diagonal(), scheme, settings.desc_act)
     U, used = inverse_cholesky(H[order][:, order], settings.dampening_frac)
-    grouped = scheme.granularity == "group"
+    grouped = (
+        scheme.granularity == "group" and scheme.kind != "learned"
+    )  # a table is learned for the scales as they are
     if settings.scale_search and not grouped:
         scale, zero = search_qparams(W, scheme, H.diagonal(), scale_dtype)
     else:  # a group's scale is searched when its first column is reached
         scale, zero = choose_qparams(W, scheme, scale_dtype)
-    grid = _Columns(scale, zero, scheme, W.shape)
+    table = learn_table(W, scale, scheme, H.diagonal()) if scheme.kind == "learned" else None
+    grid = Columns(scale, zero, scheme, W.shape, table)
     width = scheme.group_size if grouped else 1
     block = max(settings.block_size // width, 1) * width  # lazy blocks hold whole groups
 
@@ -75,13 +83,13 @@ def gptq(
             W_hat[:, column] = w_hat
         W[:, end:].addmm_(E, U[start:end, end:], alpha=-1)
 
-    result = QuantizedTensor(quantize(W_hat, scale, zero, scheme), scale, zero, scheme)
+    result = grid.codes(W_hat, tensor_scale)
     for _ in range(settings.sweeps):
         result = refine(weight, result, H)
     return result, used
 
 
-def _alive(H: Tensor) -> Tensor:
+def alive(H: Tensor) -> Tensor:
     """H with the diagonal of columns that no token reached set to the mean of the others, so they stand alone."""
     if not bool(torch.isfinite(H).all()):
         raise ValueError("the Hessian has entries that are not finite: the calibration activations overflowed")
@@ -119,41 +127,52 @@ def inverse_cholesky(H: Tensor, dampening_frac: float) -> tuple[Tensor, float]:
     raise ValueError(f"the Hessian is not positive definite even with dampening_frac {fraction / 10:g}")
 
 
-class _Columns:
-    """Scales and zero points seen column by column. Writes go to the tensors it was given."""
+class Columns:
+    """Scales, zero points and tables seen column by column. Scales are kept in float32, at values of their dtype."""
 
-    def __init__(self, scale: Tensor, zero: Tensor | None, scheme: TensorScheme, shape: torch.Size) -> None:
-        self.scale, self.zero, self.scheme = scale, zero, scheme
+    def __init__(
+        self, scale: Tensor, zero: Tensor | None, scheme: TensorScheme, shape: torch.Size, table: Tensor | None = None
+    ) -> None:
+        self.scale, self.zero, self.scheme, self.table = scale.float(), zero, scheme, table
+        self.dtype = scale.dtype
         self.rows = shape[0] // scale.shape[0]  # weight rows that share a scale
         self.columns = shape[1] // scale.shape[1]
 
     def at(self, column: int) -> tuple[Tensor, Tensor | None]:
         """float32 scale and zero point (out,) or (1,) of a column."""
         k = column // self.columns
-        scale, zero = self.scale[:, k].float(), None if self.zero is None else self.zero[:, k].float()
+        scale, zero = self.scale[:, k], None if self.zero is None else self.zero[:, k].float()
         if self.rows > 1 and len(scale) > 1:
             scale = scale.repeat_interleave(self.rows)
         return scale, zero
 
     def nearest(self, w: Tensor, column: int) -> Tensor:
-        scale, zero = self.at(column)
-        return grid_value(round_to_grid(w, scale, zero, self.scheme), scale, zero)
+        return nearest_value(w, *self.at(column), self.scheme, self.table)
+
+    def codes(self, W_hat: Tensor, tensor_scale: Tensor | None) -> QuantizedTensor:
+        """The tensor whose values are W_hat, already on the grid."""
+        scale = self.scale.to(self.dtype)
+        codes = quantize(W_hat, scale, self.zero, self.scheme, self.table)
+        return QuantizedTensor(codes, scale, self.zero, self.scheme, self.table, tensor_scale)
 
     def search(self, column: int, group: Tensor, importance: Tensor) -> None:
         """Choose this group's scale anew for its weights as they are now: (out, group_size)."""
         k = column // self.columns
-        scale, zero = search_qparams(group, self.scheme, importance, self.scale.dtype)
-        self.scale[:, k] = scale[:, 0]
+        scale, zero = search_qparams(group, self.scheme, importance, self.dtype)
+        self.scale[:, k] = scale[:, 0].float()
         if self.zero is not None and zero is not None:
             self.zero[:, k] = zero[:, 0]
 
 
 def refine(weight: Tensor, quantized: QuantizedTensor, H: Tensor) -> QuantizedTensor:
-    """One exact descent sweep on (W - Ŵ) H (W - Ŵ)ᵀ: group scales first, then every column's codes. Never worse."""
+    """One exact descent sweep on (W - Ŵ) H (W - Ŵ)ᵀ: group scales first, then every column's codes. Never worse.
+
+    `weight` is what the codes stand for before the tensor's own scale and rotation, if there are any.
+    """
     scheme = quantized.scheme
-    scale = quantized.scale.clone()
-    grid = _Columns(scale, quantized.zero_point, scheme, weight.shape)
-    W_hat = quantized.dequantize()
+    plain = replace(quantized, tensor_scale=None, rotation=None)
+    grid = Columns(quantized.scale, quantized.zero_point, scheme, weight.shape, quantized.table)
+    W_hat = plain.dequantize()
     G = (weight.float() - W_hat) @ H
     if scheme.granularity in ("group", "channel"):
         _refit_scales(W_hat, G, H, grid)
@@ -168,22 +187,21 @@ def refine(weight: Tensor, quantized: QuantizedTensor, H: Tensor) -> QuantizedTe
             G1.addr_(w_hat - W_hat[:, j], H1[i], alpha=-1)
             W_hat[:, j] = w_hat
         G.addmm_(W_hat[:, start:end] - before, H[start:end], alpha=-1)
-    codes = quantize(W_hat, scale, quantized.zero_point, scheme)
-    return QuantizedTensor(codes, scale, quantized.zero_point, scheme)
+    return replace(grid.codes(W_hat, quantized.tensor_scale), rotation=quantized.rotation)
 
 
-def _refit_scales(W_hat: Tensor, G: Tensor, H: Tensor, grid: _Columns) -> None:
+def _refit_scales(W_hat: Tensor, G: Tensor, H: Tensor, grid: Columns) -> None:
     """The least-squares scale of each group given its codes, after rounding to the storage dtype; in place."""
     for k in range(grid.scale.shape[1]):
         columns = slice(k * grid.columns, (k + 1) * grid.columns)
-        old = grid.scale[:, k].float()
+        old = grid.scale[:, k]
         codes = W_hat[:, columns] / old[:, None]  # (out, group): code - zero_point
         curvature = ((codes @ H[columns, columns]) * codes).sum(1)
         slope = (G[:, columns] * codes).sum(1)
-        new = (old + slope / curvature.clamp(min=1e-30)).to(grid.scale.dtype)
-        step = new.float() - old
+        new = storable(old + slope / curvature.clamp(min=1e-30), grid.dtype).float()
+        step = new - old
         gain = 2 * step * slope - step.square() * curvature
-        step = torch.where((gain > 0) & (new != 0), step, 0.0)
+        step = torch.where(gain > 0, step, 0.0)
         grid.scale[:, k] = torch.where(step != 0, new, grid.scale[:, k])
         W_hat[:, columns] += step[:, None] * codes
         G.addmm_(step[:, None] * codes, H[columns], alpha=-1)

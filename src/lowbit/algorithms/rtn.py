@@ -9,15 +9,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowbit.algorithms.any4 import learn_table, start_table
 from lowbit.algorithms.scale_search import search_qparams
-from lowbit.numerics import choose_qparams, quantize
+from lowbit.numerics import choose_qparams, quantize, tensor_scale_of
 from lowbit.scheme import TensorScheme
 from lowbit.tensor import QuantizedTensor
 
 
 @dataclass(frozen=True)
 class RTNSettings:
-    """scale_search: least-squares scales instead of min-max."""
+    """scale_search: least-squares scales instead of min-max; for a learned grid, tables learned without statistics."""
 
     scale_search: bool = True
 
@@ -26,8 +27,15 @@ def rtn(
     weight: Tensor, scheme: TensorScheme, scale_dtype: torch.dtype, *, scale_search: bool = False
 ) -> QuantizedTensor:
     """Round weight (out, in) to the nearest grid values under min-max scales, or under searched ones."""
+    tensor_scale = tensor_scale_of(weight, scheme)
+    if tensor_scale is not None:
+        weight = weight.float() * tensor_scale
+    table = None
     if scale_search:
         scale, zero = search_qparams(weight, scheme, None, scale_dtype)
     else:
         scale, zero = choose_qparams(weight, scheme, scale_dtype)
-    return QuantizedTensor(quantize(weight, scale, zero, scheme), scale, zero, scheme)
+    if scheme.kind == "learned":
+        table = learn_table(weight, scale, scheme, None) if scale_search else start_table(len(weight), scheme)
+    codes = quantize(weight, scale, zero, scheme, table)
+    return QuantizedTensor(codes, scale, zero, scheme, table, tensor_scale)

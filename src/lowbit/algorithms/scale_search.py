@@ -13,7 +13,7 @@ error in column j costs at the output). Two things are more than the usual shrin
 import torch
 from torch import Tensor
 
-from lowbit.numerics import _tiles, choose_qparams, grid_value, qparams_from_range, round_to_grid, storable
+from lowbit.numerics import _tiles, choose_qparams, nearest_value, qparams_from_range, scale_dtype_of, storable
 from lowbit.scheme import TensorScheme
 
 
@@ -22,12 +22,16 @@ def search_qparams(
 ) -> tuple[Tensor, Tensor | None]:
     """Scale (and zero point) of x (out, in) with the least error weighted by importance (in,) or (1 for all).
 
-    Never worse than min-max under that weighting: min-max is the first candidate.
+    Never worse than min-max under that weighting: min-max is the first candidate. A lattice keeps its first scale.
     """
+    scale_dtype = scale_dtype_of(scheme, scale_dtype)
+    if scheme.kind == "e8p":
+        return choose_qparams(x, scheme, scale_dtype)
     tiles = _tiles(x.float(), scheme)  # (R, r, C, c)
     weight = torch.ones(x.shape[1]) if importance is None else importance.float()
     weight = weight.reshape(1, 1, tiles.shape[2], tiles.shape[3])
     best_scale, best_zero = choose_qparams(x, scheme, scale_dtype)
+    best_scale = best_scale.float()
     best_error = _error(tiles, best_scale, best_zero, weight, scheme)
     low, high = tiles.amin((1, 3)), tiles.amax((1, 3))
     absmax = torch.maximum(-low, high)
@@ -40,19 +44,17 @@ def search_qparams(
         error = _error(tiles, scale, zero, weight, scheme)
         better = error < best_error
         best_error = torch.where(better, error, best_error)
-        best_scale = torch.where(better, scale, best_scale)
+        best_scale = torch.where(better, scale.float(), best_scale)
         if zero is not None and best_zero is not None:
             best_zero = torch.where(better, zero, best_zero)
-    return best_scale, best_zero
-
-
-def _nonzero(scale: Tensor) -> Tensor:
-    return torch.where(scale.float().abs() < torch.finfo(scale.dtype).tiny, torch.ones_like(scale), scale)
+    return best_scale.to(scale_dtype), best_zero
 
 
 def _candidates(scheme: TensorScheme) -> list[tuple[float, int]]:
     """(number of steps that the largest magnitude, or the range, is divided into; sign of the scale)."""
-    if scheme.kind == "float":
+    if scheme.kind != "int":
+        if scheme.bits <= 4:
+            return [(scheme.qmax * (0.7 + 0.05 * i), 1) for i in range(22 if scheme.bits == 4 else 40)]
         return [(scheme.qmax * f, 1) for f in (1.0, 1.125, 1.25, 1.5, 1.75)]
     full = scheme.qmax - scheme.qmin if not scheme.symmetric else -scheme.qmin
     if scheme.bits <= 4:
@@ -70,5 +72,5 @@ def _error(tiles: Tensor, scale: Tensor, zero: Tensor | None, weight: Tensor, sc
     """(R, C) weighted squared error of each tile."""
     scale4 = scale.float()[:, None, :, None]
     zero4 = None if zero is None else zero.float()[:, None, :, None]
-    difference = grid_value(round_to_grid(tiles, scale4, zero4, scheme), scale4, zero4).sub_(tiles)
+    difference = nearest_value(tiles, scale4, zero4, scheme).sub_(tiles)
     return difference.square_().mul_(weight).sum((1, 3))

@@ -4,6 +4,10 @@ pack-quantized    integer weights alone: weight_packed int32, the codes of a row
                   stream of b-bit fields (code + 2^(b-1)), padded to a word; weight_scale (out, groups) in the
                   model's dtype; weight_shape int64[2]; asymmetric: weight_zero_point packed down the rows
 int-quantized     int8 weights with int8 activations: weight int8, weight_scale (out, 1)
+nvfp4-pack-quantized, mxfp4-pack-quantized
+                  4-bit floats: weight_packed uint8 (out, in/2), low nibble first, bit 3 the sign, bits 0-2 the index
+                  into 0, ½, 1, 3/2, 2, 3, 4, 6; weight_scale E4M3 (out, in/16) and weight_global_scale float32 [1]
+                  that everything is divided by; or weight_scale uint8 (out, in/32), an exponent with bias 127
 float-quantized   FP8 weights: weight float8_e4m3fn, weight_scale (out, 1), [1] or one per 128 x 128 block
 
 code 0 1 2 ...  at 4 bits:   word 0 = c0 | c1 << 4 | c2 << 8 ...   3 bits: c10 straddles words 0 and 1
@@ -22,10 +26,14 @@ from lowbit.numerics import scale_shape
 from lowbit.scheme import Scheme, TensorScheme
 from lowbit.tensor import QuantizedTensor
 
+_FP4 = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")
+
 
 def format_of(scheme: Scheme) -> str:
     assert scheme.weight is not None
     if scheme.weight.kind == "float":
+        if scheme.weight.bits == 4:
+            return "nvfp4-pack-quantized" if scheme.weight.nested else "mxfp4-pack-quantized"
         return "float-quantized"
     return "pack-quantized" if scheme.activation is None else "int-quantized"
 
@@ -54,12 +62,33 @@ def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
     return signed.to(torch.int8)
 
 
+def pack_fp4(codes: Tensor) -> Tensor:
+    """Codes 0 to 14 of the ascending table (numerics.fixed_table), (rows, n) -> uint8 (rows, n / 2)."""
+    level = codes.to(torch.int16) - 7
+    nibble = torch.where(level < 0, 8 - level, level).to(torch.uint8)
+    return nibble[:, 0::2] | nibble[:, 1::2] << 4
+
+
+def unpack_fp4(packed: Tensor) -> Tensor:
+    """The inverse of pack_fp4; minus zero becomes zero."""
+    nibble = torch.stack([packed & 15, packed >> 4], -1).flatten(1).to(torch.int8)
+    magnitude = nibble & 7
+    return torch.where(nibble >= 8, -magnitude, magnitude) + 7
+
+
 def pack(name: str, quantized: QuantizedTensor, scheme: Scheme) -> dict[str, Tensor]:
     """The tensors of linear `name` as they go into the safetensors file."""
     scale = quantized.scale
     if quantized.scheme.granularity == "tensor":
         scale = scale.reshape(1)
     tensors = {f"{name}.weight_scale": scale}
+    if format_of(scheme) in _FP4:
+        tensors[f"{name}.weight_packed"] = pack_fp4(quantized.codes)
+        if quantized.tensor_scale is None:
+            tensors[f"{name}.weight_scale"] = scale.view(torch.uint8)
+        else:
+            tensors[f"{name}.weight_global_scale"] = quantized.tensor_scale.reshape(1).clone()
+        return tensors
     if format_of(scheme) != "pack-quantized":
         tensors[f"{name}.weight"] = quantized.codes
         return tensors
@@ -80,8 +109,14 @@ def unpack(name: str, get: Callable[[str], Tensor], scheme: Scheme) -> Quantized
     weight = scheme.weight
     assert weight is not None
     scale = get(f"{name}.weight_scale")
-    zero = None
-    if format_of(scheme) != "pack-quantized":
+    zero = tensor_scale = None
+    if format_of(scheme) in _FP4:
+        codes = unpack_fp4(get(f"{name}.weight_packed"))
+        if weight.nested:
+            tensor_scale = get(f"{name}.weight_global_scale").reshape(())
+        else:
+            scale = scale.view(torch.float8_e8m0fnu)
+    elif format_of(scheme) != "pack-quantized":
         codes = get(f"{name}.weight")
     else:
         shape = get(f"{name}.weight_shape").tolist()
@@ -104,7 +139,7 @@ def unpack(name: str, get: Callable[[str], Tensor], scheme: Scheme) -> Quantized
             zero = zero.reshape(1, 1)
         else:
             zero = unpack_bits(zero.T.contiguous(), weight.bits, where[0]).T.contiguous()
-    return QuantizedTensor(codes, scale.reshape(where), zero, weight)
+    return QuantizedTensor(codes, scale.reshape(where), zero, weight, tensor_scale=tensor_scale)
 
 
 def quantization_config(schemes: Mapping[str, Scheme]) -> dict[str, Any]:
@@ -141,14 +176,18 @@ def _weight_args(scheme: TensorScheme | None) -> dict[str, Any]:
         "num_bits": scheme.bits,
         "type": scheme.kind,
         "symmetric": scheme.symmetric,
-        "strategy": scheme.granularity,
+        "strategy": "tensor_group" if scheme.nested else scheme.granularity,
         "group_size": scheme.group_size if scheme.granularity == "group" else None,
         "block_structure": [scheme.group_size] * 2 if scheme.granularity == "block" else None,
         "dynamic": False,
         "actorder": None,
         "observer": "minmax",
         "observer_kwargs": {},
+        **({"scale_dtype": _SCALE_DTYPES[scheme.group_size]} if scheme.kind == "float" and scheme.bits == 4 else {}),
     }
+
+
+_SCALE_DTYPES = {16: "torch.float8_e4m3fn", 32: "torch.uint8"}
 
 
 def _activation_args(scheme: TensorScheme | None) -> dict[str, Any] | None:
@@ -199,8 +238,11 @@ def _targets(pattern: str, name: str) -> bool:
 def _scheme(group: Mapping[str, Any]) -> Scheme:
     w, a = group["weights"], group.get("input_activations")
     size = w.get("group_size") or (w.get("block_structure") or [0])[0]
-    weight = TensorScheme(w["type"], w["num_bits"], w["strategy"], size, w["symmetric"])
-    if weight.granularity not in ("tensor", "channel", "group", "block") or (weight.kind, weight.bits) == ("float", 4):
+    granularity: Any = "group" if w["strategy"] == "tensor_group" else w["strategy"]
+    weight = TensorScheme(w["type"], w["num_bits"], granularity, size, w["symmetric"])
+    fp4 = (weight.kind, weight.bits) == ("float", 4)
+    known_fp4 = {"tensor_group": 16, "group": 32}.get(w["strategy"]) == size
+    if weight.granularity not in ("tensor", "channel", "group", "block") or (fp4 and not known_fp4):
         raise InputError(f"cannot read {weight.bits}-bit {weight.kind} weights with strategy {weight.granularity!r}.")
     if a is None:
         return Scheme(weight)

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as hf_logging
 
 from lowbit.errors import InputError
-from lowbit.formats.compressed_tensors import read_schemes, unpack
+from lowbit.formats.choose import FORMATS, Format, format_of_config
 from lowbit.model.checkpoint import Checkpoint
 from lowbit.model.walk import Blocks
 from lowbit.scheme import Scheme
@@ -102,17 +102,26 @@ class Source:
 
     checkpoint: Checkpoint
     schemes: Mapping[str, Scheme]
+    layout: Format = FORMATS["compressed-tensors"]
+
+    @property
+    def rotated(self) -> bool:
+        """Whether any linear is stored in a rotated basis."""
+        return any(name.endswith(".weight_in_signs") for name in self.checkpoint.tensors)
 
     def linear(self, name: str) -> QuantizedTensor | None:
         """The quantized weight of linear `name`, or None if it is stored as it was."""
-        return unpack(name, self.checkpoint.get, self.schemes[name]) if name in self.schemes else None
+        return self.layout.unpack(name, self.checkpoint.get, self.schemes[name]) if name in self.schemes else None
 
 
 def open_source(model: nn.Module, checkpoint: Checkpoint) -> Source:
     config = checkpoint.quantization
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
     embeddings = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
-    return Source(checkpoint, read_schemes(config, linears, embeddings) if config else {})
+    if not config:
+        return Source(checkpoint, {})
+    layout = format_of_config(config)
+    return Source(checkpoint, layout.read_schemes(config, linears, embeddings), layout)
 
 
 def materialize(model: nn.Module, name: str, source: Source, dtype: torch.dtype) -> nn.Module:

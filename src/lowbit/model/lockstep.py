@@ -25,6 +25,7 @@ class _Walker(greenlet.greenlet):
     lockstep: "Lockstep"
     entry: Entry
     passed: set[int]
+    seen: dict[str, Tensor]
     waiting: tuple[int, Tensor] | None
     output: Tensor
 
@@ -44,18 +45,30 @@ class Lockstep:
         entries: list[Entry],
         groups: Sequence[InputGroup],
         activations: Mapping[str, TensorScheme],
+        watched: Sequence[str] = (),
     ) -> None:
-        """`activations`: the grid that a linear's input is rounded to once its weight is quantized, by local name."""
+        """`activations`: the grid that a linear's input is rounded to once its weight is quantized, by local name.
+        `watched`: modules whose input is kept until the batch has passed the block."""
         self._main = greenlet.getcurrent()
         self._walkers = [_Walker(lambda e=e: e.run(block, index)) for e in entries]
         for walker, entry in zip(self._walkers, entries, strict=True):
             walker.lockstep, walker.entry, walker.passed, walker.waiting = self, entry, set(), None
+            walker.seen = {}
         modules = linears(block)
         group_of = {name: k for k, group in enumerate(groups) for name in group.names}
         self._handles = [
             module.register_forward_pre_hook(self._pause_and_round(group_of.get(name), activations.get(name)))
             for name, module in modules.items()
         ]
+        self._handles += [block.get_submodule(n).register_forward_pre_hook(self._keep(n)) for n in watched]
+
+    def _keep(self, name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> None:
+            walker = greenlet.getcurrent()
+            if isinstance(walker, _Walker) and walker.lockstep is self:
+                walker.seen[name] = args[0]
+
+        return hook
 
     def _pause_and_round(self, k: int | None, grid: TensorScheme | None) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -78,6 +91,10 @@ class Lockstep:
                 self._resume(walker)
             if walker.waiting is not None and walker.waiting[0] == k:
                 yield walker.entry, walker.waiting[1]
+
+    def kept(self, name: str) -> list[Tensor]:
+        """The input of a watched module, batch by batch, once all have reached it."""
+        return [walker.seen[name] for walker in self._walkers]
 
     def finish(self) -> list[Tensor]:
         """The hidden states after the block, batch by batch; then the block is left as it was."""
@@ -120,13 +137,14 @@ class Walk:
         groups: Sequence[InputGroup],
         activations: Mapping[str, TensorScheme],
         threads: int,
+        watched: Sequence[str] = (),
     ) -> None:
         size = -(-len(entries) // threads)
         shares = [entries[i : i + size] for i in range(0, len(entries), size)]
         # a greenlet lives in the thread it was made in: each share has a thread of its own
         self._pools = [ThreadPoolExecutor(1, initializer=_begin_thread) for _ in shares]
         self._walks = [
-            pool.submit(Lockstep, block, index, share, groups, activations).result()
+            pool.submit(Lockstep, block, index, share, groups, activations, watched).result()
             for pool, share in zip(self._pools, shares, strict=True)
         ]
 
@@ -142,6 +160,10 @@ class Walk:
         for pool in self._pools:
             pool.shutdown()
         return [hidden for share in outputs for hidden in share]
+
+    def kept(self, name: str) -> list[Tensor]:
+        """The input of a watched module, batch by batch, once all have reached it."""
+        return [value for share in self._each(lambda walk: walk.kept(name)) for value in share]
 
     def _each(self, work: Callable[[Lockstep], T]) -> list[T]:
         futures = [pool.submit(work, walk) for pool, walk in zip(self._pools, self._walks, strict=True)]

@@ -28,7 +28,7 @@ def load(model: str | Path | Checkpoint, runtime: Runtime = "auto") -> Engine:
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     net = skeleton(checkpoint)
     source = open_source(net, checkpoint)
-    if runtime == "auto" and why_not(net.config, source.schemes) is None:
+    if runtime == "auto" and why_not(net.config, source.schemes, rotated=source.rotated) is None:
         return NativeEngine(net.config, source)
     kernels = runtime in ("auto", "transformers")
     dtype = compute_dtype() if kernels else getattr(torch, runtime)

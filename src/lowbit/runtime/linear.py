@@ -21,7 +21,9 @@ _INT4_GROUPS = (256, 128, 64, 32)
 def choose_kernel(quantized: QuantizedTensor, scheme: Scheme) -> str:
     """Which of the kernels above can carry this weight."""
     weight = quantized.scheme
-    rows, columns = quantized.codes.shape
+    rows, columns = quantized.shape
+    if quantized.rotation is not None:
+        return "float"
     if weight.kind == "int" and weight.bits == 8 and weight.symmetric and weight.granularity in ("channel", "tensor"):
         return "int8" if scheme.activation is None else "w8a8"
     if (
@@ -52,7 +54,7 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.kernel = choose_kernel(quantized, scheme)
         self.scheme = scheme
-        self.out_features, self.in_features = quantized.codes.shape
+        self.out_features, self.in_features = quantized.shape
         self.bias = None if bias is None else nn.Parameter(bias.to(dtype), requires_grad=False)
         row_scale = quantized.scale.expand(self.out_features, -1)
         if self.kernel == "int4":

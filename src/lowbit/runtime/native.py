@@ -16,6 +16,7 @@ from lowbit.errors import InputError
 from lowbit.kernels import pack
 from lowbit.kernels.pack import PackedWeight
 from lowbit.model.load import Source
+from lowbit.numerics import fixed_table
 from lowbit.runtime.base import Engine
 from lowbit.runtime.decoder import FAMILIES, Decoder
 from lowbit.scheme import Scheme, TensorScheme
@@ -28,17 +29,20 @@ _EMBEDDING, _HEAD = "model.embed_tokens", "lm_head"
 _ROW_INT8 = TensorScheme("int", 8, "channel")
 
 
-def why_not(config: Any, schemes: Mapping[str, Scheme]) -> str | None:
+def why_not(config: Any, schemes: Mapping[str, Scheme], *, rotated: bool = False) -> str | None:
     """None if the native decoder can run this model, else the reason it cannot."""
     if pack.native is None:
         return "lowbit was installed without its compiled kernels (no C++ compiler was found)"
     if config.model_type not in FAMILIES:
         return f"the native decoder does not know model_type {config.model_type!r}"
+    if rotated:
+        return "there is no native kernel for rotated weights"
     for name, scheme in schemes.items():
         weight = scheme.weight
         if name == _EMBEDDING and (weight != _ROW_INT8 or config.hidden_size % 4):
             return f"the native decoder reads embeddings in w8a16-channel, not {scheme}"
-        if weight is None or weight.kind != "int" or weight.bits not in _BITS:
+        table = weight is not None and weight.kind in ("nf", "learned", "midrise") and weight.bits == 4
+        if weight is None or not (table or (weight.kind == "int" and weight.bits in _BITS)):
             return f"there is no native kernel for {scheme}"
         if weight.granularity == "group" and weight.group_size % 32:
             return f"there is no native kernel for groups of {weight.group_size} (multiples of 32 only)"
@@ -53,7 +57,7 @@ class NativeEngine(Engine):
     batch_invariant = True
 
     def __init__(self, config: Any, source: Source) -> None:
-        reason = why_not(config, source.schemes)
+        reason = why_not(config, source.schemes, rotated=source.rotated)
         if reason is not None:
             raise ValueError(reason)
         super().__init__()
@@ -67,7 +71,7 @@ class NativeEngine(Engine):
         activations = "int8 activations" if self._quantized else "bfloat16"
         head = ", int8 head" if self._rounds_head else ""
         self.runtime = f"lowbit, {pack.native.isa()}, {activations}{head}"
-        self.kernels = {f"native int{bits}": n for bits, n in self._quantized.items()}
+        self.kernels = {f"native {kind}": n for kind, n in self._quantized.items()}
         embedding = self._tensors[f"{_EMBEDDING}.weight"]
         rest = sum(t.nbytes for name, t in self._tensors.items() if name != f"{_EMBEDDING}.weight")
         self.weight_bytes_per_token = self._decoder.weight_bytes + rest + embedding.nbytes // len(embedding)
@@ -103,11 +107,12 @@ class NativeEngine(Engine):
         return self.make_decoder(cache_tokens)
 
     @property
-    def _quantized(self) -> dict[int, int]:
-        counts: dict[int, int] = {}
+    def _quantized(self) -> dict[str, int]:
+        counts: dict[str, int] = {}
         for weight in self._packed.values():
-            if weight.kind == pack.INT:
-                counts[weight.bits] = counts.get(weight.bits, 0) + 1
+            if weight.kind != pack.BF16:
+                kind = f"int{weight.bits}" if weight.kind == pack.INT else "table4"
+                counts[kind] = counts.get(kind, 0) + 1
         return counts
 
     def _weight(self, name: str) -> PackedWeight:
@@ -117,6 +122,12 @@ class NativeEngine(Engine):
             bias = checkpoint.get(f"{name}.bias") if f"{name}.bias" in checkpoint.tensors else None
             if quantized is None:
                 self._packed[name] = self._pack_unquantized(name, bias)
+                return self._packed[name]
+            table = fixed_table(quantized.scheme) if quantized.table is None else quantized.table
+            if table is not None:
+                self._packed[name] = pack.pack_table(
+                    quantized.codes, quantized.scale, table, bias=bias, act_group=self._act_group
+                )
             else:
                 scale, zero = quantized.scale, quantized.zero_point
                 if quantized.scheme.granularity == "tensor":
