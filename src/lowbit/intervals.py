@@ -17,6 +17,7 @@ from scipy import stats
 
 CONFIDENCE = 0.95
 RESAMPLES = 2000
+_ANYTHING = 500.0  # nats: no difference is larger, and both it and its exponential are finite numbers of JSON
 
 
 @dataclass(frozen=True)
@@ -41,11 +42,11 @@ class Interval:
 
 
 def mean_interval(values: np.ndarray, seed: int = 0, confidence: float = CONFIDENCE) -> Interval:
-    """Bootstrap interval (percentile) of the mean of one value a window; no width at all is said with 1 window."""
+    """Bootstrap interval (percentile) of the mean of one value a window; of a single window it is all but infinite."""
     values = np.asarray(values, dtype=np.float64)
     estimate = float(values.mean())
     if len(values) < 2:
-        return Interval(estimate, float("-inf"), float("inf"), 1.0)
+        return Interval(estimate, estimate - _ANYTHING, estimate + _ANYTHING, 1.0)
     result = stats.bootstrap(
         (values,), np.mean, n_resamples=RESAMPLES, confidence_level=confidence, method="percentile",
         rng=np.random.default_rng(seed),

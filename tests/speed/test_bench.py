@@ -89,6 +89,6 @@ def test_rounds_go_on_until_the_interval_is_narrow_or_the_limit_is_reached() -> 
 
     steady, wild = [Fake("a", 0), Fake("b", 0.001)], [Fake("a", 0), Fake("b", 0.5)]
     scenario = Scenario(8, 4, 1)
-    for workers, rounds in ((steady, 6), (wild, 20)):  # five values cannot reach 95 %, so a sixth round is played
+    for workers, rounds in ((steady, 6), (wild, 15)):  # five values cannot reach 95 %, so a sixth round is played
         runs = bench_module._alternate(workers, [scenario], 5, seed=0, precision=0.02)  # type: ignore[arg-type]
         assert len(runs["b", scenario]) == rounds

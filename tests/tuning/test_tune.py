@@ -156,9 +156,8 @@ def test_tune_end_to_end(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("lowbit.tuning.run.run_job", lambda request, _limits: jobs.append(request["job"]))
     again = tune(tiny, out, text, candidates=[first[0], first[2]], repeats=1, max_ppl_increase=10, resume=True)
     assert jobs == []
-    assert [c["evaluate"] for c in again["candidates"]] == [
-        by_name[n]["evaluate"] for n in ("w8a8-rtn", "w4a16-g32-gptq")
-    ]
+    for c in again["candidates"]:
+        assert c["evaluate"] == by_name[c["name"]]["evaluate"]
     with pytest.raises(InputError, match="made with another seed"):
         tune(tiny, out, text, candidates=first, repeats=1, resume=True, seed=1)
 

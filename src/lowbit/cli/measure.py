@@ -97,7 +97,7 @@ def bench(
     batch_sizes: Annotated[str, typer.Option(metavar="N,...", help="Sequences at once.")] = "1",
     repeats: Annotated[int, typer.Option(help="Counted runs of each, after one warm-up.")] = 5,
     precision: Annotated[
-        str | None, typer.Option(metavar="2%", help="Go on until the ratios' intervals are this narrow (at most 4 x).")
+        str | None, typer.Option(metavar="2%", help="Go on until the ratios' intervals are this narrow (at most 3 x).")
     ] = None,
     requests: Annotated[int, typer.Option(help="Of a server (URL): requests a scenario.")] = 32,
     rate: Annotated[

@@ -264,10 +264,21 @@ def _facts(document: dict[str, Any], original: dict[str, Any], chosen: dict[str,
         ("Text", (document.get("text") or "the demo's text") + (f": {', '.join(parts)}" if parts else "")),
         ("Windows", f"{document['windows']} of {document.get('seq_len')} tokens" if document.get("windows") else ""),
         ("Calibration", f"{document['calibration_samples']} windows" if document.get("calibration_samples") else ""),
+        ("Expected", _expected(document)),
         ("Measured", text(document.get("created"))),
         ("Seed", text(document.get("seed"))),
     ]
     return [(k, v) for k, v in facts if v and v != NONE]
+
+
+def _expected(document: dict[str, Any]) -> str:
+    """What the rules of thumb put first, with the rules' names, beside which stands what was measured."""
+    rows = get(document, "expected", "order") or []
+    if not rows:
+        return ""
+    rules = dict.fromkeys(str(r.get("rule")) for row in rows for r in row.get("reasons") or [])
+    order = ", ".join(text(row.get("scheme")) for row in rows)
+    return f"before measuring, most promising first: {order} (rules: {', '.join(rules)})"
 
 
 _SOFTWARE = (
@@ -296,7 +307,14 @@ def _reproduce(document: dict[str, Any]) -> str:
     words += ["--text", str(document["text"])] if document.get("text") else []
     words += ["--max-ppl-increase", f"{100 * increase:.10g}%"] if increase is not None else []
     words += ["--max-memory", str(int(memory))] if memory is not None else []
+    for key in ("max_kl", "max_ttft", "max_tpot"):
+        most = number(limits.get(key))
+        words += [f"--{key.replace('_', '-')}", f"{most:.10g}"] if most is not None else []
     words += ["--optimize", str(limits["optimize"])] if limits.get("optimize") else []
+    if document.get("own_candidates"):
+        for key in ("method", "scheme"):
+            tried = dict.fromkeys(str(c.get(key)) for c in document.get("candidates") or [])
+            words += [f"--{key}s", ",".join(tried)]
     words += ["--repeats", str(document["repeats"])] if document.get("repeats") else []
     words += ["--seed", str(document["seed"])] if document.get("seed") is not None else []
     words += ["-o", str(document.get("output") or "OUT")]

@@ -30,7 +30,7 @@ from lowbit.speed.stream import is_url
 __all__ = ["Load", "Scenario", "bench"]
 
 GRID_REPEATS = 2
-MOST_ROUNDS = 4  # times as many rounds as asked for, while waiting for a narrow interval
+MOST_ROUNDS = 3  # times as many rounds as asked for, while waiting for a narrow interval
 
 
 @dataclass(frozen=True)

@@ -81,6 +81,7 @@ def tune(
         if checkpoint.path != DEMO / "model":
             raise InputError("tune measures on your own text: --text FILE (.txt or .jsonl).")
         text = DEMO / "evaluation.txt"
+    own_candidates = candidates is not None
     if candidates is None:
         candidates = make_candidates(small=checkpoint.path == DEMO / "model")
     tokenizer = load_tokenizer(checkpoint)
@@ -132,6 +133,7 @@ def tune(
         "peak_bandwidth_bytes_per_s": None if speed is None else speed["peak_bandwidth_bytes_per_s"],
         "grid": [] if speed is None else speed["grid"],
         "catalog": prices,
+        "own_candidates": own_candidates,
         "candidates": rows,
         "pareto": pareto(rows),
         "recommendation": recommend(rows, wanted, original),
