@@ -116,6 +116,10 @@ def measure_products(rows: int, cols: int, repeats: int, use_graphs: bool) -> li
     return results
 
 
+def _dense_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+
+
 def measure_attention(context: int, repeats: int) -> list[dict[str, Any]]:
     """Decoding attention, 32 heads of 128 over 8 key heads, against torch's own over a bf16 cache."""
     results, page = [], 16
@@ -130,10 +134,7 @@ def measure_attention(context: int, repeats: int) -> list[dict[str, Any]]:
             q = torch.randn(batch, 32, 128, device="cuda", dtype=torch.bfloat16)
             time = seconds(lambda a=(q, cache, table, lengths): kv.attention(*a, 128**-0.5), repeats)  # type: ignore[misc]
             k, v = torch.randn(2, batch, 8, context, 128, device="cuda", dtype=torch.bfloat16)
-            bf16 = seconds(
-                lambda a=(q[:, :, None], k, v): torch.nn.functional.scaled_dot_product_attention(*a, enable_gqa=True),
-                repeats,
-            )  # type: ignore[misc]
+            bf16 = seconds(lambda a=(q[:, :, None], k, v): _dense_attention(*a), repeats)  # type: ignore[misc]
             nbytes = 2 * (codes.numel() + 4 * scales.numel())
             results.append(
                 {

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("triton", reason="Triton is not installed")
+pytest.importorskip("triton", minversion="3.9", reason="Triton 3.9 or newer")
 
 SHARED = {89: 101_376, 90: 232_448}  # bytes of shared memory a program may have
 
