@@ -60,10 +60,10 @@ def finish_directory(
 ) -> None:
     """Write everything beside the shards; the manifest last, because it holds the others' hashes."""
     with disk_errors(work.path):
-        config = checkpoint.config | {"quantization_config": quantization_config(schemes)}
+        config = checkpoint.config | {"quantization_config": quantization_config(_named_twice(schemes, checkpoint))}
         write_json(work.path / "config.json", config)
         write_json(work.path / INDEX, _index(work.path))
-        for pattern in _COPIED:
+        for pattern in (*_COPIED, *(("*.py",) if checkpoint.trust_remote_code else ())):
             for file in checkpoint.path.glob(pattern):
                 if file.is_file():
                     shutil.copyfile(file, work.path / file.name)
@@ -82,6 +82,12 @@ def finish_directory(
         }
         write_json(work.path / MANIFEST, manifest)
         write_card(work.path, manifest, document)
+
+
+def _named_twice(schemes: Mapping[str, Scheme], checkpoint: Checkpoint) -> dict[str, Scheme]:
+    """Linears under the files' names, which vLLM goes by, and under the model class's, which transformers goes by."""
+    stored = {checkpoint.stored_module(name): scheme for name, scheme in schemes.items()}
+    return stored | dict(schemes)
 
 
 def _index(path: Path) -> dict[str, Any]:

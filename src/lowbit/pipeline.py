@@ -68,6 +68,8 @@ def quantize(
     check_output(output, resume=resume, force=force)
     checkpoint = open_checkpoint(model)
     net = skeleton(checkpoint)
+    source = open_source(net, checkpoint)
+    checkpoint = source.checkpoint
     blocks = find_blocks(net)
     plan = make_plan(net, blocks, checkpoint, recipe)
     check_disk(plan, output, resume=resume)
@@ -86,7 +88,7 @@ def quantize(
         clean(output)
         return {**manifest["summary"], "output": str(output), "layers": manifest["layers"]}
     work = Work(output, identity, resume=resume, force=force)
-    job = _Job(net, open_source(net, checkpoint), blocks, plan, recipe, work, torch.get_num_threads())
+    job = _Job(net, source, blocks, plan, recipe, work, torch.get_num_threads())
     layers = job.run(calibration)
     document = document_of(output, recipe, layers, time.perf_counter() - start)
     finish_directory(work, checkpoint, plan.schemes, recipe, calibration, identity, document)
@@ -142,7 +144,7 @@ class _Job:
         schemes = self.plan.quantized(name)
         rounded: dict[str, Rounded] = {}
         if entries:
-            groups = input_groups(block, entries[0], index)
+            groups = input_groups(block, entries[0], index, entries[1:])
             walk = Walk(block, index, entries, groups, _activations(schemes), self.threads)
             for k, group in enumerate(groups):
                 wanted = [n for n in group.names if n in schemes]
@@ -179,7 +181,7 @@ class _Job:
         schemes = self.plan.quantized(name)
         tensors = safetensors.torch.load_file(self.work.path / shard)
         for local, scheme in schemes.items():
-            quantized = unpack(f"{name}.{local}", tensors.__getitem__, scheme)
+            quantized = unpack(self.source.checkpoint.stored_module(f"{name}.{local}"), tensors.__getitem__, scheme)
             _put(block, local, quantized.dequantize(linears(block)[local].weight.dtype))
         walk = Walk(block, index, entries, (), _activations(schemes), self.threads)
         for entry, hidden in zip(entries, walk.finish(), strict=True):
@@ -191,14 +193,17 @@ class _Job:
         checkpoint = self.source.checkpoint
         packed = {f"{name}.{local}.weight" for local in rounded}
         tensors: dict[str, Tensor] = {
-            t: checkpoint.get(t) for t in checkpoint.tensors if t.startswith(name + ".") and t not in packed
+            checkpoint.stored_tensor(t): checkpoint.as_stored(t)
+            for t in checkpoint.tensors
+            if t.startswith(name + ".") and t not in packed
         }
+        names = {local: checkpoint.stored_module(f"{name}.{local}") for local in rounded}
         for local, result in rounded.items():
-            tensors |= pack(f"{name}.{local}", result.quantized, self.plan.schemes[f"{name}.{local}"])
+            tensors |= pack(names[local], result.quantized, self.plan.schemes[f"{name}.{local}"])
         self.work.write_shard(shard, tensors)
         read = safetensors.torch.load_file(self.work.path / shard)
         for local, result in rounded.items():
-            back = unpack(f"{name}.{local}", read.__getitem__, self.plan.schemes[f"{name}.{local}"])
+            back = unpack(names[local], read.__getitem__, self.plan.schemes[f"{name}.{local}"])
             if not torch.equal(back.dequantize(), result.quantized.dequantize()):
                 raise AssertionError(f"{shard}: {name}.{local} reads back differently from what was written")
         report = [result.report for result in rounded.values()]
@@ -209,7 +214,8 @@ class _Job:
         """The last shard: everything outside the blocks, as the checkpoint has it."""
         checkpoint, names = self.source.checkpoint, self.blocks.names
         rest = [t for t in checkpoint.tensors if not any(t.startswith(n + ".") for n in names)]
-        self.work.write_shard(shard_name(len(names), len(names)), {t: checkpoint.get(t) for t in rest})
+        tensors = {checkpoint.stored_tensor(t): checkpoint.as_stored(t) for t in rest}
+        self.work.write_shard(shard_name(len(names), len(names)), tensors)
 
 
 def find_calibration(checkpoint: Checkpoint, recipe: Recipe) -> Calibration | None:
@@ -224,13 +230,13 @@ def find_calibration(checkpoint: Checkpoint, recipe: Recipe) -> Calibration | No
             f"method {recipe.method!r} needs text to calibrate on: --calibration FILE (.txt or .jsonl, best from the "
             "domain the model will be used in), or hub:NAME."
         )
-    limit = checkpoint.config.get("max_position_embeddings")
-    if isinstance(limit, int) and recipe.seq_len > limit:
+    limit = checkpoint.context_length
+    if limit is not None and recipe.seq_len > limit:
         raise InputError(f"--seq-len {recipe.seq_len} is longer than the model's context of {limit} tokens.")
     calibration = load_calibration(source, load_tokenizer(checkpoint), recipe.samples, recipe.seq_len, recipe.seed)
     if recipe.calibration is None:
         calibration = replace(calibration, source="the demo's text")
-    vocabulary = checkpoint.config.get("vocab_size")
+    vocabulary = checkpoint.text_config.get("vocab_size")
     if isinstance(vocabulary, int) and int(calibration.tokens.max()) >= vocabulary:
         raise InputError(
             f"{checkpoint.path}: the tokenizer makes token {int(calibration.tokens.max())}, but the model has only "

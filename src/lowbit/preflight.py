@@ -10,7 +10,7 @@ from torch import nn
 from lowbit.algorithms import find_method, make_settings
 from lowbit.errors import InputError
 from lowbit.model.checkpoint import Checkpoint
-from lowbit.model.walk import Blocks, linears
+from lowbit.model.walk import Blocks, linears, other_products, routers
 from lowbit.numerics import scale_shape
 from lowbit.recipe import Recipe, matches
 from lowbit.scheme import Scheme
@@ -41,8 +41,10 @@ def make_plan(model: nn.Module, blocks: Blocks, checkpoint: Checkpoint, recipe: 
         )
     schemes = {}
     everything = linears(model)
+    left_alone = routers(model)
     for name, module in everything.items():
-        scheme = recipe.scheme_of(name) if name.startswith(blocks.name + ".") else Scheme(None)
+        inside = name.startswith(blocks.name + ".") and name not in left_alone
+        scheme = recipe.scheme_of(name) if inside else Scheme(None)
         if scheme.weight is not None:
             try:
                 scale_shape(scheme.weight, (module.out_features, module.in_features))
@@ -62,6 +64,7 @@ def make_plan(model: nn.Module, blocks: Blocks, checkpoint: Checkpoint, recipe: 
             raise InputError(f"override {pattern!r} names {outside[0]}, outside the blocks: it stays as it is for now.")
     if all(s.weight is None for s in schemes.values()):
         raise InputError("nothing is left to quantize: every linear is ignored or has the scheme 'none'.")
+    schemes |= dict.fromkeys(sorted(other_products(model)), Scheme(None))
     return Plan(schemes, _output_bytes(everything, schemes, checkpoint))
 
 

@@ -9,6 +9,7 @@ from lowbit.cli.options import (
     Quiet,
     Runtime,
     Seed,
+    Trust,
     Verbose,
     begin,
     check_runtime,
@@ -32,12 +33,13 @@ def evaluate(
     max_ppl_increase: Annotated[str | None, typer.Option(metavar="1%", help="Gate: exit 3 above this.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Gate: exit 3 above this KL divergence.", min=0)] = None,
     runtime: Runtime = "auto",
+    trust_remote_code: Trust = False,
     json: Json = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Measure accuracy: perplexity, KL divergence and agreement with the original."""
-    begin(quiet, verbose)
+    begin(quiet, verbose, trust_remote_code)
     limit = percent(max_ppl_increase, "--max-ppl-increase")
     kind = check_runtime(runtime)
     from lowbit.accuracy import evaluate as run
@@ -87,12 +89,13 @@ def bench(
     repeats: Annotated[int, typer.Option(help="Counted runs of each, after one warm-up.")] = 5,
     runtime: Runtime = "auto",
     seed: Seed = 0,
+    trust_remote_code: Trust = False,
     json: Json = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Measure speed and memory, models taking turns."""
-    begin(quiet, verbose)
+    begin(quiet, verbose, trust_remote_code)
     kind = check_runtime(runtime)
     from lowbit.speed import bench as run
 

@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lowbit.cli.options import Json, Quiet, Verbose, begin, finish, megabytes
-from lowbit.errors import InputError
+from lowbit.cli.options import Json, Quiet, Trust, Verbose, begin, finish, megabytes, percent
+from lowbit.errors import InputError, QualityGateError
 
 
 def quantize(
@@ -26,16 +26,22 @@ def quantize(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method.")
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="A YAML file with these words, or a lowbit.json.")] = None,
+    max_unreached: Annotated[
+        str, typer.Option(metavar="10%", help="Exit 3 if more linears than this got no usable calibration data.")
+    ] = "10%",
     resume: Annotated[bool, typer.Option("--resume", help="Finish an interrupted run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    trust_remote_code: Trust = False,
     json: Json = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Store a model's linear layers in fewer bits."""
-    begin(quiet, verbose)
+    begin(quiet, verbose, trust_remote_code)
+    limit = percent(max_unreached, "--max-unreached")
     from lowbit.pipeline import quantize as run
     from lowbit.recipe import Recipe, read_recipe
+    from lowbit.rounding import WORSE
 
     if resume and force:
         raise InputError("--resume finishes an interrupted run and --force throws it away: give one of them.")
@@ -55,6 +61,14 @@ def quantize(
     whole = Recipe(**words)
     document = run(model, output, whole, resume=resume, force=force)
     finish("quantize", document, json, summary(document), whole.seed)
+    starved = [r["name"] for r in document["layers"] if r["fallback"] and WORSE not in r["fallback"]]
+    share = len(starved) / len(document["layers"])
+    if limit is not None and share > limit:
+        raise QualityGateError(
+            f"{output}: {len(starved)} of {len(document['layers'])} linears ({share:.0%}, the limit is {limit:.0%}) "
+            f"had no usable calibration data and are round-to-nearest, the first is {starved[0]}. What was made stays. "
+            "Give more or broader --calibration text (--samples), or accept it with a higher --max-unreached."
+        )
 
 
 def _pairs(items: list[str], option: str, form: str) -> tuple[tuple[str, str], ...]:

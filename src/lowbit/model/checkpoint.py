@@ -6,8 +6,10 @@ small model that comes with the package). Only safetensors are read: a pickle ca
 
 import hashlib
 import json
+import os
 import re
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +24,7 @@ from lowbit.errors import InputError
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+TRUST = "LOWBIT_TRUST_REMOTE_CODE"
 FLOAT_TYPES = {"F64", "F32", "F16", "BF16"}
 
 
@@ -43,6 +46,11 @@ class Checkpoint:
     path: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo] = field(repr=False)
+    trust_remote_code: bool = False
+    # set by model/names.py, where the model's names differ from the files'
+    stored: Mapping[str, str] = field(default_factory=dict, repr=False)
+    stored_modules: Mapping[str, str] = field(default_factory=dict, repr=False)
+    transposed: frozenset[str] = field(default=frozenset(), repr=False)  # weights (out, in) that lie there as (in, out)
 
     @property
     def nbytes(self) -> int:
@@ -63,15 +71,44 @@ class Checkpoint:
         return config
 
     @property
+    def text_config(self) -> dict[str, Any]:
+        """The part of the config that describes the language model: all of it, unless the model also sees or hears."""
+        inner = self.config.get("text_config")
+        return inner if isinstance(inner, dict) else self.config
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens the model takes, if its config says so."""
+        for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
+            value = self.text_config.get(key)
+            if isinstance(value, int):
+                return value
+        return None
+
+    @property
     def shards(self) -> list[str]:
         return sorted({info.shard for info in self.tensors.values()})
 
+    def stored_module(self, module: str) -> str:
+        """The name that a module's tensors begin with in the files."""
+        return self.stored_modules.get(module, module)
+
+    def stored_tensor(self, name: str) -> str:
+        """The name in the files of a tensor, also of one that is not there yet (a packed weight)."""
+        module, dot, tail = name.rpartition(".")
+        return self.stored.get(name) or self.stored_module(module) + dot + tail
+
     def get(self, name: str) -> Tensor:
         """One tensor, copied out of its shard. Raises InputError if it is unreadable or not finite."""
+        tensor = self.as_stored(name)
+        return tensor.T.contiguous() if name in self.transposed else tensor
+
+    def as_stored(self, name: str) -> Tensor:
+        """`get`, but a transposed weight as it lies in the file."""
         info = self.tensors[name]
         try:
             with safe_open(self.path / info.shard, framework="pt") as shard:
-                tensor: Tensor = shard.get_tensor(name).clone()
+                tensor: Tensor = shard.get_tensor(self.stored.get(name, name)).clone()
         except (SafetensorError, OSError) as error:
             raise InputError(f"{self.path / info.shard}: cannot read tensor {name!r}: {error}.") from error
         if tensor.is_floating_point() and tensor.element_size() > 1 and not bool(torch.isfinite(tensor.sum())):
@@ -101,7 +138,11 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
-    """Open the model that `model` names. Raises InputError, in one paragraph, for everything wrong with it."""
+    """Open the model that `model` names. Raises InputError, in one paragraph, for everything wrong with it.
+
+    Code that comes with a model runs only where the environment has LOWBIT_TRUST_REMOTE_CODE=1, which is what
+    --trust-remote-code sets, so that processes started from here see it too.
+    """
     name = str(model)
     path = _locate(name)
     config = _read_config(path)
@@ -123,7 +164,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         )
     if not tensors:
         raise InputError(f"{path}: the safetensors files hold no tensors.")
-    return Checkpoint(name, path, config, tensors)
+    return Checkpoint(name, path, config, tensors, os.environ.get(TRUST) == "1")
 
 
 def _locate(name: str) -> Path:

@@ -9,42 +9,75 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from lowbit.errors import InputError
 from lowbit.formats.compressed_tensors import read_schemes, unpack
 from lowbit.model.checkpoint import Checkpoint
+from lowbit.model.linearize import linearize
+from lowbit.model.names import stored_names, under_model_names
 from lowbit.model.walk import Blocks
 from lowbit.scheme import Scheme
 from lowbit.tensor import QuantizedTensor
 
 
 def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model of checkpoint.config with every parameter on the meta device (no memory) and buffers computed.
+    """The model of checkpoint.config with every parameter on the meta device (no memory) and buffers computed, and
+    every matrix product an nn.Linear (linearize.py). `open_source` gives the tensors under this model's names.
 
     A quantization_config is ignored: the skeleton is the full-precision architecture. Raises InputError if
     transformers does not know the architecture.
     """
     config_dict = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-    model_type = config_dict.get("model_type")
     try:
         with quiet_transformers():
-            config = AutoConfig.for_model(**config_dict)
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, dtype=checkpoint.dtype)
+            model = _build(checkpoint, config_dict)
+    except InputError:
+        raise
     except Exception as error:  # whatever a strange config makes transformers raise, the config is at fault
         reason = str(error).strip().split("\n")[0][:300]
         raise InputError(
-            f"{checkpoint.path / 'config.json'}: transformers cannot build a causal language model of model_type "
-            f"{model_type!r} (architectures {config_dict.get('architectures')}): {reason}"
+            f"{checkpoint.path / 'config.json'}: transformers cannot build a language model of model_type "
+            f"{config_dict.get('model_type')!r} (architectures {config_dict.get('architectures')}): {reason}"
         ) from error
     model.eval()
     model.requires_grad_(False)
     compute_buffers(model)
-    check_names(model, checkpoint)
+    linearize(model, *stored_names(model, checkpoint))
+    check_names(model, under_model_names(model, checkpoint))
     return model
+
+
+def _build(checkpoint: Checkpoint, words: dict[str, Any]) -> PreTrainedModel:
+    """The class that `architectures` names if transformers has it, else the causal language model of the config."""
+    names = words.get("architectures")
+    own_code = words.get("auto_map")
+    if own_code and not checkpoint.trust_remote_code and words.get("model_type") not in CONFIG_MAPPING:
+        raise InputError(
+            f"{checkpoint.path}: this model brings its own code ({own_code}), and transformers has none for "
+            f"model_type {words.get('model_type')!r}. If you trust it, let it run with --trust-remote-code."
+        )
+    if own_code and checkpoint.trust_remote_code:
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=True)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=checkpoint.dtype, trust_remote_code=True)
+    config = AutoConfig.for_model(**words)
+    if config.is_encoder_decoder:
+        raise InputError(
+            f"{checkpoint.path}: an encoder-decoder model (model_type {words.get('model_type')!r}). lowbit quantizes "
+            "models with one stack of blocks: decoders and encoders."
+        )
+    name = names[0] if isinstance(names, list) and names else None
+    own: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    with torch.device("meta"):
+        if getattr(own, "config_class", None) is type(config):
+            return own._from_config(config, dtype=checkpoint.dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=checkpoint.dtype)
 
 
 def compute_buffers(model: PreTrainedModel) -> None:
@@ -108,10 +141,14 @@ class Source:
         return unpack(name, self.checkpoint.get, self.schemes[name]) if name in self.schemes else None
 
 
-def open_source(model: nn.Module, checkpoint: Checkpoint) -> Source:
+def open_source(model: PreTrainedModel, checkpoint: Checkpoint) -> Source:
+    """The checkpoint under the names of `model`, a skeleton made from it."""
+    checkpoint = under_model_names(model, checkpoint)
     config = checkpoint.quantization
-    names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    return Source(checkpoint, read_schemes(config, names) if config else {})
+    if not config:
+        return Source(checkpoint, {})
+    linears = {checkpoint.stored_module(n): n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    return Source(checkpoint, {linears[n]: scheme for n, scheme in read_schemes(config, linears).items()})
 
 
 def materialize(model: nn.Module, name: str, source: Source, dtype: torch.dtype) -> nn.Module:
@@ -185,8 +222,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         raise InputError(
             f"{checkpoint.path}: the tokenizer cannot be loaded: {str(error).splitlines()[0][:300]}"
         ) from error
-    rows = next((i.shape[0] for n, i in checkpoint.tensors.items() if "embed" in n and len(i.shape) == 2), None)
-    if rows is not None and len(tokenizer) > rows:
+    rows = checkpoint.text_config.get("vocab_size")
+    if isinstance(rows, int) and len(tokenizer) > rows:
         raise InputError(
             f"{checkpoint.path}: the tokenizer has {len(tokenizer)} tokens but the embedding only {rows} rows: they "
             "belong to different models."

@@ -2,8 +2,8 @@
 
 TTFT: request handed over -> first token there. TPOT: (end - first token) / (tokens - 1). End to end: all of it.
 Throughput: generated tokens of all sequences / wall time. A run is one generation, or the middle one of as many as
-fill a quarter of a second. Every model and scenario is run once without counting and then `repeats` times, the models in turn,
-so that a machine that slows down slows all of them.
+fill a quarter of a second. Every model and scenario is run once without counting and then `repeats` times, the models
+in turn, so that a machine that slows down slows all of them.
 """
 
 import json
