@@ -37,6 +37,7 @@ from lowbit.model.load import (
     skeleton,
 )
 from lowbit.model.lockstep import Walk
+from lowbit.model.stream import probe
 from lowbit.model.walk import Blocks, Entry, capture_entries, find_blocks, input_groups, linears
 from lowbit.preflight import Plan, check_disk, make_plan
 from lowbit.recipe import Recipe
@@ -73,6 +74,7 @@ def quantize(
     blocks = find_blocks(net)
     plan = make_plan(net, blocks, checkpoint, recipe)
     check_disk(plan, output, resume=resume)
+    probe(net, source, blocks)
     calibration = find_calibration(checkpoint, recipe)
     checkpoint.check_finite()
     identity = {

@@ -212,6 +212,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     config = _read_json(file)
     if not isinstance(config, dict):
         raise InputError(f"{file}: expected a JSON object, got {type(config).__name__}.")
+    if not isinstance(config.get("quantization_config", {}), dict):
+        raise InputError(f"{file}: quantization_config is {config['quantization_config']!r}, expected an object.")
     return config
 
 

@@ -16,12 +16,14 @@ from transformers.utils import logging as hf_logging
 
 from lowbit.errors import InputError
 from lowbit.formats.compressed_tensors import read_schemes, unpack
-from lowbit.model.checkpoint import Checkpoint
+from lowbit.model.checkpoint import FLOAT_TYPES, Checkpoint
 from lowbit.model.linearize import linearize
 from lowbit.model.names import stored_names, under_model_names
 from lowbit.model.walk import Blocks
 from lowbit.scheme import Scheme
 from lowbit.tensor import QuantizedTensor
+
+_MOST_BUFFER_BYTES = 2 * 2**30
 
 
 def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
@@ -35,6 +37,7 @@ def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
     try:
         with quiet_transformers():
             model = _build(checkpoint, config_dict)
+            compute_buffers(model)
     except InputError:
         raise
     except Exception as error:  # whatever a strange config makes transformers raise, the config is at fault
@@ -45,7 +48,6 @@ def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
         ) from error
     model.eval()
     model.requires_grad_(False)
-    compute_buffers(model)
     linearize(model, *stored_names(model, checkpoint))
     check_names(model, under_model_names(model, checkpoint))
     return model
@@ -72,6 +74,13 @@ def _build(checkpoint: Checkpoint, words: dict[str, Any]) -> PreTrainedModel:
             f"{checkpoint.path}: an encoder-decoder model (model_type {words.get('model_type')!r}). lowbit quantizes "
             "models with one stack of blocks: decoders and encoders."
         )
+    text = config.get_text_config()
+    for key in ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts"):
+        if (getattr(text, key, None) or 0) > 10 * len(checkpoint.tensors):  # stacked experts are few tensors
+            raise InputError(
+                f"{checkpoint.path}: config.json has {key} = {getattr(text, key)}, but the files hold only "
+                f"{len(checkpoint.tensors)} tensors. The config and the weights belong to different models."
+            )
     name = names[0] if isinstance(names, list) and names else None
     own: Any = getattr(transformers, name, None) if isinstance(name, str) else None
     with torch.device("meta"):
@@ -82,7 +91,11 @@ def _build(checkpoint: Checkpoint, words: dict[str, Any]) -> PreTrainedModel:
 
 def compute_buffers(model: PreTrainedModel) -> None:
     """Give the buffers that no file holds (rotary frequencies) their values, by transformers' own initialization."""
-    owners = {name.rpartition(".")[0] for name, _ in model.named_non_persistent_buffers()}
+    buffers = dict(model.named_non_persistent_buffers())
+    size = sum(b.nbytes for b in buffers.values())
+    if size > _MOST_BUFFER_BYTES:
+        raise InputError(f"the config asks for buffers of {size / 1e9:.0f} GB, which is more than any model needs.")
+    owners = {name.rpartition(".")[0] for name in buffers}
     for owner in owners:
         module = model.get_submodule(owner)
         for name, buffer in module.named_buffers(recurse=False):
@@ -92,7 +105,8 @@ def compute_buffers(model: PreTrainedModel) -> None:
 
 def check_names(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Raise InputError if the files and the architecture disagree about a parameter's name or shape."""
-    stored = {name.removesuffix("_packed") for name in checkpoint.tensors}
+    quantized = bool(checkpoint.quantization)
+    stored = {name.removesuffix("_packed") if quantized else name for name in checkpoint.tensors}
     tied = set(model.all_tied_weights_keys)
     missing = [n for n, _ in model.named_parameters() if n not in stored and n not in tied]
     if missing:
@@ -108,6 +122,11 @@ def check_names(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         )
     for name, parameter in model.named_parameters():
         info = checkpoint.tensors.get(name)
+        if info is not None and not quantized and info.dtype not in FLOAT_TYPES:
+            raise InputError(
+                f"{checkpoint.path}: {name!r} is stored as {info.dtype} in {info.shard}, and config.json has no "
+                "quantization_config that says what its values mean."
+            )
         if info is not None and info.shape != tuple(parameter.shape):
             raise InputError(
                 f"{checkpoint.path}: {name!r} is {list(info.shape)} in {info.shard} but config.json makes it "

@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowbit.errors import InputError
 from lowbit.model.checkpoint import Checkpoint
-from lowbit.model.load import materialize, materialize_outside, open_source, release, skeleton
+from lowbit.model.load import Source, compute_buffers, materialize, materialize_outside, open_source, release, skeleton
 from lowbit.model.lockstep import Lockstep
-from lowbit.model.walk import Entry, capture_entries, find_blocks
+from lowbit.model.walk import Blocks, Entry, capture_entries, find_blocks
 
 FINGERPRINT_TOKENS = 64
 FINGERPRINT_TOP = 8
@@ -31,6 +32,31 @@ def stream_logits(checkpoint: Checkpoint, tokens: Tensor) -> Tensor:
         (entry.hidden,) = Lockstep(block, i, [entry], (), grids).finish()
         release(block)
     return replay_tail(model, blocks.name, entry, tokens)
+
+
+@torch.no_grad()
+def probe(model: Any, source: Source, blocks: Blocks) -> None:
+    """Run a few tokens through the part before the blocks, the first block, and the part after them.
+
+    Raises InputError if that is not possible: a config can fit the weights' shapes and still describe nothing that
+    computes, and this is cheaper to learn now than after the last block.
+    """
+    checkpoint = source.checkpoint
+    tokens = torch.arange(min(4, int(checkpoint.text_config.get("vocab_size") or 4)))[None]
+    materialize_outside(model, blocks, source, torch.float32)
+    block = materialize(model, blocks.names[0], source, torch.float32)
+    try:
+        (entry,) = capture_entries(model, blocks, [tokens])
+        entry.hidden = entry.run(block, 0)
+        replay_tail(model, blocks.name, entry, tokens)
+    except Exception as error:  # the model class's own code, on whatever the config says
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{checkpoint.path}: the model that config.json describes cannot run ({type(error).__name__}: {reason})."
+        ) from error
+    finally:
+        release(model)
+        compute_buffers(model)
 
 
 def replay_tail(model: Any, blocks: str, entry: Entry, tokens: Tensor) -> Tensor:
@@ -69,5 +95,10 @@ def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
     length = min(FINGERPRINT_TOKENS, checkpoint.context_length or FINGERPRINT_TOKENS)
     tokens = np.random.default_rng(0).integers(0, vocabulary, length)
     logits = last_logits(checkpoint, tokens.tolist())
+    if not bool(torch.isfinite(logits).all()):
+        raise InputError(
+            f"{checkpoint.path}: the logits are not finite: the model overflows in float32. Check the original with "
+            "transformers first."
+        )
     top = logits.topk(min(FINGERPRINT_TOP, len(logits)))
     return {"prompt": tokens.tolist(), "tokens": top.indices.tolist(), "logits": top.values.tolist()}
