@@ -8,26 +8,28 @@
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowbit.algorithms import METHODS
-from lowbit.artifact import MANIFEST, Work, check_output, check_same, clean, read_manifest, replaces
+from lowbit.artifact import MANIFEST, Work, check_output, check_same, clean, disk_errors, read_manifest, replaces
 from lowbit.calibration import Calibration, load_calibration
 from lowbit.console import note, track
 from lowbit.errors import InputError
+from lowbit.forecast import forecast
 from lowbit.formats.compressed_tensors import pack, unpack
 from lowbit.manifest import document_of, finish_directory, shard_name, versions
-from lowbit.model.checkpoint import DEMO, Checkpoint, open_checkpoint
+from lowbit.memory import BATCH, choose_frugal, estimate_memory, give_back
+from lowbit.model.checkpoint import DEMO, Checkpoint, open_checkpoint, read_header
 from lowbit.model.load import (
     Source,
+    compute_buffers,
     compute_dtype,
     load_tokenizer,
     materialize,
@@ -43,9 +45,9 @@ from lowbit.preflight import Plan, check_disk, make_plan
 from lowbit.recipe import Recipe
 from lowbit.rounding import UNREACHED, Rounded, Statistics, round_linears
 from lowbit.scheme import Scheme, TensorScheme
+from lowbit.shards import Later, read_tensor
 
 HELD_OUT = 16  # one batch in this many checks the method instead of feeding it
-BATCH = 4  # windows a batch: the activations of a small model stay in the cache
 
 
 @torch.no_grad()
@@ -56,12 +58,16 @@ def quantize(
     *,
     resume: bool = False,
     force: bool = False,
+    max_memory: int | None = None,
+    dry_run: bool = False,
     **words: Any,
 ) -> dict[str, Any]:
     """Quantize `model` into the directory `output`; returns the `quantize` document.
 
     The recipe is given whole or as its words (scheme="w4a16", method="gptq", ...). Raises InputError for bad input;
-    an interrupted run leaves `output`.partial, which resume=True finishes to the same bytes.
+    an interrupted run leaves `output`.partial, which resume=True finishes to the same bytes. `max_memory` (bytes, by
+    default what is available) decides whether activations stay in memory; it changes nothing in the result. With
+    `dry_run` nothing is written, and the document holds the forecast only.
     """
     recipe = recipe or Recipe(**words)
     start = time.perf_counter()
@@ -76,6 +82,11 @@ def quantize(
     check_disk(plan, output, resume=resume)
     probe(net, source, blocks)
     calibration = find_calibration(checkpoint, recipe)
+    memory = estimate_memory(net, blocks, recipe, torch.get_num_threads())
+    frugal = choose_frugal(memory, max_memory)
+    predicted = forecast(net, plan, recipe, memory, frugal=frugal)
+    if dry_run:
+        return {"output": str(output), "scheme": recipe.scheme, "method": recipe.method, "predicted": predicted}
     checkpoint.check_finite()
     identity = {
         **recipe.to_dict(),
@@ -90,7 +101,7 @@ def quantize(
         clean(output)
         return {**manifest["summary"], "output": str(output), "layers": manifest["layers"]}
     work = Work(output, identity, resume=resume, force=force)
-    job = _Job(net, source, blocks, plan, recipe, work, torch.get_num_threads())
+    job = _Job(net, source, blocks, plan, recipe, work, torch.get_num_threads(), frugal)
     layers = job.run(calibration)
     document = document_of(output, recipe, layers, time.perf_counter() - start)
     finish_directory(work, checkpoint, plan.schemes, recipe, calibration, identity, document)
@@ -109,6 +120,7 @@ class _Job:
     recipe: Recipe
     work: Work
     threads: int
+    frugal: bool  # activations on disk, and one batch at a time in memory
 
     def run(self, calibration: Calibration | None) -> list[dict[str, Any]]:
         """Quantize every block in order, or read it back if it is finished. Returns one report a linear."""
@@ -127,6 +139,7 @@ class _Job:
             elif entries:
                 self._replay(block, index, entries, shard)
             release(block)
+            give_back(thoroughly=self.frugal)
             layers += report
             note(_block_line(name, report, time.perf_counter() - started))
         self._write_rest()
@@ -135,7 +148,11 @@ class _Job:
     def _enter(self, calibration: Calibration, dtype: torch.dtype) -> list[Entry]:
         materialize_outside(self.net, self.blocks, self.source, dtype)
         materialize(self.net, self.blocks.names[0], self.source, dtype)
-        entries = capture_entries(self.net, self.blocks, calibration.tokens.split(BATCH))
+        file = self.work.activations if self.frugal else None
+        with disk_errors(self.work.path):
+            entries = capture_entries(self.net, self.blocks, calibration.tokens.split(BATCH), file)
+        release(self.net)
+        compute_buffers(self.net)
         for entry in entries[len(entries) - max(len(entries) // HELD_OUT, 1 if len(entries) > 1 else 0) :]:
             entry.held_out = True
         return entries
@@ -147,7 +164,7 @@ class _Job:
         rounded: dict[str, Rounded] = {}
         if entries:
             groups = input_groups(block, entries[0], index, entries[1:])
-            walk = Walk(block, index, entries, groups, _activations(schemes), self.threads)
+            walk = Walk(block, index, entries, groups, _activations(schemes), self.threads, recompute=self.frugal)
             for k, group in enumerate(groups):
                 wanted = [n for n in group.names if n in schemes]
                 if not wanted:
@@ -181,11 +198,11 @@ class _Job:
         """Bring back a block that an earlier run finished, and let the calibration batches pass through it."""
         name = self.blocks.names[index]
         schemes = self.plan.quantized(name)
-        tensors = safetensors.torch.load_file(self.work.path / shard)
+        read = self._reader(shard)
         for local, scheme in schemes.items():
-            quantized = unpack(self.source.checkpoint.stored_module(f"{name}.{local}"), tensors.__getitem__, scheme)
+            quantized = unpack(self.source.checkpoint.stored_module(f"{name}.{local}"), read, scheme)
             _put(block, local, quantized.dequantize(linears(block)[local].weight.dtype))
-        walk = Walk(block, index, entries, (), _activations(schemes), self.threads)
+        walk = Walk(block, index, entries, (), _activations(schemes), self.threads, recompute=self.frugal)
         for entry, hidden in zip(entries, walk.finish(), strict=True):
             entry.hidden = hidden
 
@@ -194,8 +211,8 @@ class _Job:
         says what was kept in memory, to the last bit; then the report that makes the block count as finished."""
         checkpoint = self.source.checkpoint
         packed = {f"{name}.{local}.weight" for local in rounded}
-        tensors: dict[str, Tensor] = {
-            checkpoint.stored_tensor(t): checkpoint.as_stored(t)
+        tensors: dict[str, Tensor | Later] = {
+            checkpoint.stored_tensor(t): checkpoint.later(t)
             for t in checkpoint.tensors
             if t.startswith(name + ".") and t not in packed
         }
@@ -203,20 +220,26 @@ class _Job:
         for local, result in rounded.items():
             tensors |= pack(names[local], result.quantized, self.plan.schemes[f"{name}.{local}"])
         self.work.write_shard(shard, tensors)
-        read = safetensors.torch.load_file(self.work.path / shard)
+        read = self._reader(shard)
         for local, result in rounded.items():
-            back = unpack(names[local], read.__getitem__, self.plan.schemes[f"{name}.{local}"])
+            back = unpack(names[local], read, self.plan.schemes[f"{name}.{local}"])
             if not torch.equal(back.dequantize(), result.quantized.dequantize()):
                 raise AssertionError(f"{shard}: {name}.{local} reads back differently from what was written")
         report = [result.report for result in rounded.values()]
         self.work.write_report(shard, report)
         return report
 
+    def _reader(self, shard: str) -> Callable[[str], Tensor]:
+        """By name, one tensor of a shard that was written."""
+        file = self.work.path / shard
+        infos = read_header(file)
+        return lambda name: read_tensor(file, infos[name].start, infos[name].dtype, infos[name].shape)
+
     def _write_rest(self) -> None:
         """The last shard: everything outside the blocks, as the checkpoint has it."""
         checkpoint, names = self.source.checkpoint, self.blocks.names
         rest = [t for t in checkpoint.tensors if not any(t.startswith(n + ".") for n in names)]
-        tensors = {checkpoint.stored_tensor(t): checkpoint.as_stored(t) for t in rest}
+        tensors = {checkpoint.stored_tensor(t): checkpoint.later(t) for t in rest}
         self.work.write_shard(shard_name(len(names), len(names)), tensors)
 
 

@@ -21,6 +21,7 @@ from transformers import CompressedTensorsConfig
 from zoo import ENCODERS, LLAMA, MIXTURES, VOCABULARY, ZOO, save_architecture, save_model
 
 import lowbit
+from lowbit.artifact import Work
 from lowbit.errors import InputError
 from lowbit.formats.compressed_tensors import unpack
 from lowbit.inspect import verify
@@ -177,6 +178,27 @@ def test_too_many_unreached_linears_are_exit_code_3_and_the_result_stays(text_fi
     assert "model.layers.0.mlp.experts.0." in strict.stderr
     assert verify(tmp_path / "out")["ok"]
     assert subprocess.run([*command, "--force", "--max-unreached", "20%"], check=False).returncode == 0
+
+
+def test_a_mixture_resumes_to_the_same_bytes(
+    architecture: Architecture, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Finished blocks are brought back under the files' names; activations rounded in the experts too."""
+    model = architecture("mixtral")
+    quantize(model, tmp_path / "whole", text_file, scheme="w8a8")
+    original = Work.write_report
+
+    def interrupted(self: Work, name: str, report: Any) -> None:
+        original(self, name, report)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Work, "write_report", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(model, tmp_path / "out", text_file, scheme="w8a8")
+    quantize(model, tmp_path / "out", text_file, scheme="w8a8", resume=True)
+    for file in (tmp_path / "whole").glob("*.safetensors"):
+        assert file.read_bytes() == (tmp_path / "out" / file.name).read_bytes()
 
 
 # --- models that see, models with code of their own

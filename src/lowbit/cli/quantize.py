@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lowbit.cli.options import Json, Quiet, Trust, Verbose, begin, finish, megabytes, percent
+from lowbit.cli.options import Json, Quiet, Trust, Verbose, begin, finish, megabytes, percent, size
 from lowbit.errors import InputError, QualityGateError
 
 
@@ -29,6 +29,10 @@ def quantize(
     max_unreached: Annotated[
         str, typer.Option(metavar="10%", help="Exit 3 if more linears than this got no usable calibration data.")
     ] = "10%",
+    max_memory: Annotated[
+        str | None, typer.Option(metavar="4GB", help="Memory to stay under (default: what is available).")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Predict memory, disk and time; write nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Finish an interrupted run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
     trust_remote_code: Trust = False,
@@ -59,7 +63,11 @@ def quantize(
     }
     words |= {k: v for k, v in given.items() if v is not None}
     whole = Recipe(**words)
-    document = run(model, output, whole, resume=resume, force=force)
+    memory = size(max_memory, "--max-memory")
+    document = run(model, output, whole, resume=resume, force=force, max_memory=memory, dry_run=dry_run)
+    if dry_run:
+        finish("quantize", document, json, prediction(document["predicted"]), whole.seed)
+        return
     finish("quantize", document, json, summary(document), whole.seed)
     starved = [r["name"] for r in document["layers"] if r["fallback"] and WORSE not in r["fallback"]]
     share = len(starved) / len(document["layers"])
@@ -79,6 +87,14 @@ def _pairs(items: list[str], option: str, form: str) -> tuple[tuple[str, str], .
             raise InputError(f"{option} {item}: expected {form}.")
         pairs.append((key, value))
     return tuple(pairs)
+
+
+def prediction(predicted: dict[str, Any]) -> str:
+    return (
+        f"would take about {predicted['seconds']:.0f} s, peak memory {megabytes(predicted['peak_memory_bytes'])} "
+        f"(activations in {'memory' if predicted['activations'] == 'memory' else 'a file'}), "
+        f"output {megabytes(predicted['output_bytes'])}"
+    )
 
 
 def summary(document: dict[str, Any]) -> str:

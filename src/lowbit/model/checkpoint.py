@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lowbit.errors import InputError
+from lowbit.shards import Later, read_tensor
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 INDEX = "model.safetensors.index.json"
@@ -36,6 +37,7 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    start: int  # its first byte in the file
 
 
 @dataclass(frozen=True)
@@ -103,13 +105,19 @@ class Checkpoint:
         tensor = self.as_stored(name)
         return tensor.T.contiguous() if name in self.transposed else tensor
 
+    def later(self, name: str) -> Later:
+        """`as_stored`, to be read when it is needed."""
+        info = self.tensors[name]
+        shape = info.shape[::-1] if name in self.transposed else info.shape
+        return Later(info.dtype, shape, lambda: self.as_stored(name))
+
     def as_stored(self, name: str) -> Tensor:
         """`get`, but a transposed weight as it lies in the file."""
         info = self.tensors[name]
         try:
-            with safe_open(self.path / info.shard, framework="pt") as shard:
-                tensor: Tensor = shard.get_tensor(self.stored.get(name, name)).clone()
-        except (SafetensorError, OSError) as error:
+            shape = info.shape[::-1] if name in self.transposed else info.shape
+            tensor = read_tensor(self.path / info.shard, info.start, info.dtype, shape)
+        except (KeyError, OSError) as error:
             raise InputError(f"{self.path / info.shard}: cannot read tensor {name!r}: {error}.") from error
         if tensor.is_floating_point() and tensor.element_size() > 1 and not bool(torch.isfinite(tensor.sum())):
             bad = int((~torch.isfinite(tensor)).sum())
@@ -251,7 +259,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     if size == 0:
         raise InputError(f"{file}: the file is empty (0 bytes). Fetch it again.")
     try:
-        with safe_open(file, framework="pt"):  # the library's own validation: lengths, offsets, overlaps, dtypes
+        with safe_open(file, framework="np"):  # the library's own validation: lengths, offsets, overlaps, dtypes
             pass
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
@@ -261,7 +269,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             f"{file}: not a whole safetensors file ({size} bytes): {error}. Cut short or damaged; fetch it again."
         ) from error
     return {
-        name: TensorInfo(file.name, e["dtype"], tuple(e["shape"]), e["data_offsets"][1] - e["data_offsets"][0])
+        name: TensorInfo(file.name, e["dtype"], tuple(e["shape"]), end - start, 8 + length + start)
         for name, e in header.items()
         if name != "__metadata__"
+        for start, end in [e["data_offsets"]]
     }

@@ -9,8 +9,10 @@ lockstep      all calibration batches walk through a block together and pause wh
 import contextlib
 import graphlib
 import itertools
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -98,6 +100,12 @@ class Entry:
     keyword: str | None = None  # the hidden states' name, if blocks take them by name
     returns_tuple: bool = False  # whether blocks return the hidden states as the first of several things
 
+    room: Tensor | None = None  # where the hidden states are kept, if that is not ordinary memory
+
+    def keep(self, hidden: Tensor) -> Tensor:
+        """`hidden`, moved to this entry's room if it has one."""
+        return hidden if self.room is None else self.room.copy_(hidden)
+
     def call(self, block: nn.Module, index: int) -> Any:
         """What `block`, the index-th, returns."""
         args, kwargs = self.arguments[index]
@@ -145,17 +153,34 @@ class _PassThrough(nn.Module):
         return (hidden,) if self.entry.returns_tuple else hidden
 
 
-def capture_entries(model: nn.Module, blocks: Blocks, batches: Sequence[Tensor]) -> list[Entry]:
+def capture_entries(
+    model: nn.Module, blocks: Blocks, batches: Sequence[Tensor], file: Path | None = None
+) -> list[Entry]:
     """Run the part of the model before the blocks on each batch of token ids (batch, tokens).
 
-    That part and the first block must be materialized; the other blocks may be on the meta device.
+    That part and the first block must be materialized; the other blocks may be on the meta device. With a `file` the
+    hidden states live there, mapped into memory: the operating system keeps of it what fits. Raises OSError if the
+    disk is full.
     """
     holder = model.get_submodule(blocks.name)
     assert isinstance(holder, nn.ModuleList)
     originals = list(holder)
     first = _enter(model, holder, originals, batches[0], returns_tuple=False)
     returns_tuple = isinstance(first.call(originals[0], 0), tuple)
-    return [_enter(model, holder, originals, tokens, returns_tuple) for tokens in batches]
+    if file is None:
+        return [_enter(model, holder, originals, tokens, returns_tuple) for tokens in batches]
+    width, dtype = first.hidden.shape[-1], first.hidden.dtype
+    sizes = [tokens.numel() * width for tokens in batches]
+    with file.open("wb") as stream:
+        os.posix_fallocate(stream.fileno(), 0, sum(sizes) * dtype.itemsize)  # full now or never
+    mapped = torch.from_file(str(file), shared=True, size=sum(sizes), dtype=dtype)
+    entries = []
+    for tokens, room in zip(batches, mapped.split(sizes), strict=True):
+        entry = _enter(model, holder, originals, tokens, returns_tuple)
+        entry.room = room.view(entry.hidden.shape)
+        entry.hidden = entry.keep(entry.hidden)
+        entries.append(entry)
+    return entries
 
 
 def _enter(
