@@ -202,7 +202,7 @@ def test_at_most_one_block_holds_weights_at_a_time(run: Run, tmp_path: Path, mon
     monkeypatch.setattr(pipeline, "skeleton", skeleton)
     monkeypatch.setattr(pipeline, "release", release)
     run(tmp_path / "out")
-    assert held == [1, 1]
+    assert set(held) == {1}  # after entering, and after each block
     assert all(p.is_meta for p in nets[0].model.layers.parameters())
 
 

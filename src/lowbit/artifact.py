@@ -15,13 +15,13 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from lowbit.errors import InputError
+from lowbit.shards import Later, write_safetensors
 
 MANIFEST = "lowbit.json"
 _WORK = ".work"  # inside OUT.partial: what only the work itself needs
@@ -63,10 +63,15 @@ class Work:
     def _state(self) -> Path:
         return self.path / _WORK
 
-    def write_shard(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        with disk_errors(self.path):
-            data = safetensors.torch.save({k: v.contiguous() for k, v in tensors.items()}, {"format": "pt"})
-            write_bytes(self.path / name, data)
+    def write_shard(self, name: str, tensors: Mapping[str, Tensor | Later]) -> None:
+        """One safetensors file; a tensor that comes Later is in memory only while it is written."""
+        with disk_errors(self.path), whole_file(self.path / name) as stream:
+            write_safetensors(stream, tensors)
+
+    @property
+    def activations(self) -> Path:
+        """Where hidden states may be kept while the work goes on."""
+        return self._state / "activations"
 
     def write_report(self, name: str, report: Any) -> None:
         """What is to be remembered of a shard; its existence means that the shard is whole and proved."""
@@ -123,14 +128,21 @@ def _short(value: Any) -> str:
     return text if len(text) < 120 else text[:117] + "..."
 
 
-def write_bytes(file: Path, data: bytes) -> None:
-    """Whole or not at all, and on the disk when this returns."""
+@contextlib.contextmanager
+def whole_file(file: Path) -> Iterator[BinaryIO]:
+    """A file to write, that appears whole or not at all, and is on the disk at the end."""
     temporary = file.with_name(file.name + ".tmp")
     with temporary.open("wb") as stream:
-        stream.write(data)
+        yield stream
         stream.flush()
         os.fsync(stream.fileno())
     temporary.replace(file)
+
+
+def write_bytes(file: Path, data: bytes) -> None:
+    """Whole or not at all, and on the disk when this returns."""
+    with whole_file(file) as stream:
+        stream.write(data)
 
 
 def write_json(file: Path, value: Any) -> None:

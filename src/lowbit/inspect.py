@@ -9,7 +9,7 @@ from lowbit.artifact import MANIFEST, file_hashes, read_manifest
 from lowbit.errors import InputError
 from lowbit.model.checkpoint import open_checkpoint
 from lowbit.model.load import open_source, skeleton
-from lowbit.model.stream import stream_logits
+from lowbit.model.stream import last_logits
 from lowbit.model.walk import find_blocks, linears
 
 LOGIT_TOLERANCE = 1e-3  # the same weights on another CPU or thread count differ in the last float32 bits only
@@ -83,7 +83,7 @@ def verify(path: str | Path) -> dict[str, Any]:
 
 
 def _logits_problem(checkpoint: Any, fingerprint: dict[str, Any]) -> str | None:
-    logits = stream_logits(checkpoint, torch.tensor([fingerprint["prompt"]]))[0, -1]
+    logits = last_logits(checkpoint, fingerprint["prompt"])
     recorded = torch.tensor(fingerprint["logits"])
     difference = float((logits[fingerprint["tokens"]] - recorded).abs().max())
     scale = float(recorded.abs().max())

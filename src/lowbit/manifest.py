@@ -17,6 +17,7 @@ from lowbit.card import write_card
 from lowbit.model.checkpoint import INDEX, Checkpoint, open_checkpoint
 from lowbit.model.stream import fingerprint
 from lowbit.recipe import Recipe
+from lowbit.scheme import Scheme
 
 _COPIED = (
     "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "generation_config.json",
@@ -61,7 +62,7 @@ def finish_directory(
         config = checkpoint.config | {"quantization_config": quantization_config}
         write_json(work.path / "config.json", config)
         write_json(work.path / INDEX, _index(work.path))
-        for pattern in _COPIED:
+        for pattern in (*_COPIED, *(("*.py",) if checkpoint.trust_remote_code else ())):
             for file in checkpoint.path.glob(pattern):
                 if file.is_file():
                     shutil.copyfile(file, work.path / file.name)
@@ -80,6 +81,12 @@ def finish_directory(
         }
         write_json(work.path / MANIFEST, manifest)
         write_card(work.path, manifest, document)
+
+
+def named_twice(schemes: Mapping[str, Scheme], checkpoint: Checkpoint) -> dict[str, Scheme]:
+    """Linears under the files' names, which vLLM goes by, and under the model class's, which transformers goes by."""
+    stored = {checkpoint.stored_module(name): scheme for name, scheme in schemes.items()}
+    return stored | dict(schemes)
 
 
 def _index(path: Path) -> dict[str, Any]:

@@ -8,26 +8,28 @@
 """
 
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowbit.algorithms import METHODS, make_settings
-from lowbit.artifact import MANIFEST, Work, check_output, check_same, clean, read_manifest, replaces
+from lowbit.artifact import MANIFEST, Work, check_output, check_same, clean, disk_errors, read_manifest, replaces
 from lowbit.calibration import Calibration, load_calibration
 from lowbit.console import note, track
 from lowbit.errors import InputError
+from lowbit.forecast import forecast
 from lowbit.formats.choose import Format, format_for
-from lowbit.manifest import document_of, finish_directory, shard_name, versions
-from lowbit.model.checkpoint import DEMO, Checkpoint, open_checkpoint
+from lowbit.manifest import document_of, finish_directory, named_twice, shard_name, versions
+from lowbit.memory import BATCH, choose_frugal, estimate_memory, give_back
+from lowbit.model.checkpoint import DEMO, Checkpoint, open_checkpoint, read_header
 from lowbit.model.load import (
     Source,
+    compute_buffers,
     compute_dtype,
     load_tokenizer,
     materialize,
@@ -38,14 +40,15 @@ from lowbit.model.load import (
 )
 from lowbit.model.lockstep import Walk
 from lowbit.model.original import Correction, Original
+from lowbit.model.stream import probe
 from lowbit.model.walk import Blocks, Entry, capture_entries, find_blocks, input_groups, linears
 from lowbit.preflight import Plan, check_disk, make_plan
 from lowbit.recipe import Recipe
 from lowbit.rounding import UNREACHED, Rounded, Statistics, round_linears, round_plain
 from lowbit.scheme import Scheme, TensorScheme
+from lowbit.shards import Later, read_tensor
 
 HELD_OUT = 16  # one batch in this many checks the method instead of feeding it
-BATCH = 4  # windows a batch: the activations of a small model stay in the cache
 
 
 @torch.no_grad()
@@ -56,12 +59,16 @@ def quantize(
     *,
     resume: bool = False,
     force: bool = False,
+    max_memory: int | None = None,
+    dry_run: bool = False,
     **words: Any,
 ) -> dict[str, Any]:
     """Quantize `model` into the directory `output`; returns the `quantize` document.
 
     The recipe is given whole or as its words (scheme="w4a16", method="gptq", ...). Raises InputError for bad input;
-    an interrupted run leaves `output`.partial, which resume=True finishes to the same bytes.
+    an interrupted run leaves `output`.partial, which resume=True finishes to the same bytes. `max_memory` (bytes, by
+    default what is available) decides whether activations stay in memory; it changes nothing in the result. With
+    `dry_run` nothing is written, and the document holds the forecast only.
     """
     recipe = recipe or Recipe(**words)
     start = time.perf_counter()
@@ -69,10 +76,18 @@ def quantize(
     check_output(output, resume=resume, force=force)
     checkpoint = open_checkpoint(model)
     net = skeleton(checkpoint)
+    source = open_source(net, checkpoint)
+    checkpoint = source.checkpoint
     blocks = find_blocks(net)
     plan = make_plan(net, blocks, checkpoint, recipe)
     check_disk(plan, output, resume=resume)
+    probe(net, source, blocks)
     calibration = find_calibration(checkpoint, recipe)
+    memory = estimate_memory(net, blocks, recipe, torch.get_num_threads())
+    frugal = choose_frugal(memory, max_memory)
+    predicted = forecast(net, plan, recipe, memory, frugal=frugal, small_too=dry_run)
+    if dry_run:
+        return {"output": str(output), "scheme": recipe.scheme, "method": recipe.method, "predicted": predicted}
     checkpoint.check_finite()
     identity = {
         **recipe.to_dict(),
@@ -88,10 +103,11 @@ def quantize(
         return {**manifest["summary"], "output": str(output), "layers": manifest["layers"]}
     work = Work(output, identity, resume=resume, force=force)
     layout = format_for(plan.schemes.values(), own_layout=METHODS[recipe.method].own_layout)
-    job = _Job(net, open_source(net, checkpoint), blocks, plan, recipe, work, layout, torch.get_num_threads())
+    job = _Job(net, source, blocks, plan, recipe, work, layout, torch.get_num_threads(), frugal)
     layers = job.run(calibration)
     document = document_of(output, recipe, layers, time.perf_counter() - start)
-    config = layout.quantization_config(plan.schemes, [r["name"] for r in layers if r["rotated"]])
+    rotated = [checkpoint.stored_module(r["name"]) for r in layers if r["rotated"]]
+    config = layout.quantization_config(named_twice(plan.schemes, checkpoint), rotated)
     finish_directory(work, checkpoint, config, recipe, calibration, identity, document)
     work.close()
     return document
@@ -109,6 +125,7 @@ class _Job:
     work: Work
     layout: Format
     threads: int
+    frugal: bool  # activations on disk, and one batch at a time in memory
 
     def run(self, calibration: Calibration | None) -> list[dict[str, Any]]:
         """Quantize every block in order, or read it back if it is finished. Returns one report a linear."""
@@ -129,6 +146,7 @@ class _Job:
             elif entries:
                 self._replay(block, index, entries, original, shard)
             release(block)
+            give_back(thoroughly=self.frugal)
             layers += report
             note(_block_line(name, report, time.perf_counter() - started))
         return layers + self._write_rest()
@@ -136,7 +154,11 @@ class _Job:
     def _enter(self, calibration: Calibration, dtype: torch.dtype) -> list[Entry]:
         materialize_outside(self.net, self.blocks, self.source, dtype)
         materialize(self.net, self.blocks.names[0], self.source, dtype)
-        entries = capture_entries(self.net, self.blocks, calibration.tokens.split(BATCH))
+        file = self.work.activations if self.frugal else None
+        with disk_errors(self.work.path):
+            entries = capture_entries(self.net, self.blocks, calibration.tokens.split(BATCH), file)
+        release(self.net)
+        compute_buffers(self.net)
         for entry in entries[len(entries) - max(len(entries) // HELD_OUT, 1 if len(entries) > 1 else 0) :]:
             entry.held_out = True
         return entries
@@ -153,11 +175,12 @@ class _Job:
         schemes = self.plan.quantized(name)
         rounded: dict[str, Rounded] = {}
         if entries:
-            groups = input_groups(block, entries[0], index)
+            groups = input_groups(block, entries[0], index, entries[1:])
             if original is not None:
                 original.enter(block, index, groups)
             watched = [] if original is None else original.watched
-            walk = Walk(block, index, entries, groups, _activations(schemes), self.threads, watched)
+            frugal = self.frugal and original is None
+            walk = Walk(block, index, entries, groups, _activations(schemes), self.threads, watched, recompute=frugal)
             for k, group in enumerate(groups):
                 wanted = [n for n in group.names if n in schemes]
                 if not wanted:
@@ -208,30 +231,39 @@ class _Job:
             original.leave()
         name = self.blocks.names[index]
         schemes = self.plan.quantized(name)
-        tensors = safetensors.torch.load_file(self.work.path / shard)
+        read = self._reader(shard)
         for local, scheme in schemes.items():
-            quantized = self.layout.unpack(f"{name}.{local}", tensors.__getitem__, scheme)
+            quantized = self.layout.unpack(self.source.checkpoint.stored_module(f"{name}.{local}"), read, scheme)
             _put(block, local, quantized.dequantize(linears(block)[local].weight.dtype))
-        walk = Walk(block, index, entries, (), _activations(schemes), self.threads)
+        walk = Walk(block, index, entries, (), _activations(schemes), self.threads, recompute=self.frugal)
         for entry, hidden in zip(entries, walk.finish(), strict=True):
             entry.hidden = hidden
 
     def _write(self, shard: str, stored: Iterable[str], rounded: Mapping[str, Rounded]) -> list[dict[str, Any]]:
         """One shard, packed weights (by full name) and every other tensor of `stored` as the checkpoint has it; then
         proof that the file says what was kept in memory, to the last bit; then the report that makes it finished."""
+        checkpoint = self.source.checkpoint
         packed = {f"{name}.weight" for name in rounded}
-        tensors: dict[str, Tensor] = {t: self.source.checkpoint.get(t) for t in stored if t not in packed}
+        tensors: dict[str, Tensor | Later] = {
+            checkpoint.stored_tensor(t): checkpoint.later(t) for t in stored if t not in packed
+        }
         for name, result in rounded.items():
-            tensors |= self.layout.pack(name, result.quantized, self.plan.schemes[name])
+            tensors |= self.layout.pack(checkpoint.stored_module(name), result.quantized, self.plan.schemes[name])
         self.work.write_shard(shard, tensors)
-        read = safetensors.torch.load_file(self.work.path / shard)
+        read = self._reader(shard)
         for name, result in rounded.items():
-            back = self.layout.unpack(name, read.__getitem__, self.plan.schemes[name])
+            back = self.layout.unpack(checkpoint.stored_module(name), read, self.plan.schemes[name])
             if not torch.equal(back.dequantize(), result.quantized.dequantize()):
                 raise AssertionError(f"{shard}: {name} reads back differently from what was written")
         report = [result.report for result in rounded.values()]
         self.work.write_report(shard, report)
         return report
+
+    def _reader(self, shard: str) -> Callable[[str], Tensor]:
+        """By name, one tensor of a shard that was written."""
+        file = self.work.path / shard
+        infos = read_header(file)
+        return lambda name: read_tensor(file, infos[name].start, infos[name].dtype, infos[name].shape)
 
     def _write_rest(self) -> list[dict[str, Any]]:
         """The last shard: everything outside the blocks, as the checkpoint has it or as an override asks."""
@@ -256,13 +288,13 @@ def find_calibration(checkpoint: Checkpoint, recipe: Recipe) -> Calibration | No
             f"method {recipe.method!r} needs text to calibrate on: --calibration FILE (.txt or .jsonl, best from the "
             "domain the model will be used in), or hub:NAME."
         )
-    limit = checkpoint.config.get("max_position_embeddings")
-    if isinstance(limit, int) and recipe.seq_len > limit:
+    limit = checkpoint.context_length
+    if limit is not None and recipe.seq_len > limit:
         raise InputError(f"--seq-len {recipe.seq_len} is longer than the model's context of {limit} tokens.")
     calibration = load_calibration(source, load_tokenizer(checkpoint), recipe.samples, recipe.seq_len, recipe.seed)
     if recipe.calibration is None:
         calibration = replace(calibration, source="the demo's text")
-    vocabulary = checkpoint.config.get("vocab_size")
+    vocabulary = checkpoint.text_config.get("vocab_size")
     if isinstance(vocabulary, int) and int(calibration.tokens.max()) >= vocabulary:
         raise InputError(
             f"{checkpoint.path}: the tokenizer makes token {int(calibration.tokens.max())}, but the model has only "

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from lowbit.algorithms import METHODS, find_method, make_settings
 from lowbit.errors import InputError
 from lowbit.model.checkpoint import Checkpoint
-from lowbit.model.walk import Blocks, linears
+from lowbit.model.walk import Blocks, linears, other_products, routers
 from lowbit.numerics import scale_shape
 from lowbit.recipe import Recipe, matches
 from lowbit.scheme import Scheme
@@ -44,8 +44,9 @@ def make_plan(model: PreTrainedModel, blocks: Blocks, checkpoint: Checkpoint, re
     schemes = {}
     asked = _asked_outside(model, blocks, recipe)
     everything = linears(model) | asked
+    left_alone = routers(model)
     for name, module in everything.items():
-        inside = name.startswith(blocks.name + ".")
+        inside = name.startswith(blocks.name + ".") and name not in left_alone
         scheme = recipe.scheme_of(name) if inside or name in asked else Scheme(None)
         if scheme.weight is not None:
             rows, columns = module.weight.shape
@@ -65,6 +66,7 @@ def make_plan(model: PreTrainedModel, blocks: Blocks, checkpoint: Checkpoint, re
             raise InputError(f"pattern {pattern!r} matches no linear layer. There are {', '.join(_kinds(everything))}.")
     if all(s.weight is None for s in schemes.values()):
         raise InputError("nothing is left to quantize: every linear is ignored or has the scheme 'none'.")
+    schemes |= dict.fromkeys(sorted(other_products(model)), Scheme(None))
     return Plan(schemes, _output_bytes(everything, schemes, checkpoint))
 
 

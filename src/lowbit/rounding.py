@@ -23,6 +23,7 @@ from lowbit.scheme import Scheme
 from lowbit.stats import Hessian, quadratic_loss
 from lowbit.tensor import QuantizedTensor
 
+WORSE = "worse than rtn on held-out windows"  # rtn is the better choice there, not the lack of one
 UNREACHED = "no calibration token reached this layer: rtn"
 
 
@@ -115,7 +116,7 @@ def round_linears(
             _, held_out = statistics.loss(target - mine.dequantize())
             _, held_out_rtn = statistics.loss(target - theirs.dequantize())
             if reason is None and held_out is not None and held_out_rtn is not None and held_out > held_out_rtn:
-                chosen, reason, loss = theirs, "worse than rtn on held-out windows: rtn", loss_rtn
+                chosen, reason, loss = theirs, f"{WORSE}: rtn", loss_rtn
         report = {
             "name": name,
             "scheme": str(scheme),

@@ -53,11 +53,11 @@ def test_a_whole_model_is_transformers_own(make_llama: Callable[..., Path], tmp_
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ({"model_type": "no-such-model"}, "cannot build a causal language model of model_type 'no-such-model'"),
-        ({"model_type": "t5"}, "cannot build a causal language model of model_type 't5'"),
-        ({"model_type": None}, "cannot build a causal language model of model_type None"),
-        ({"vocab_size": "many"}, "cannot build a causal language model"),
-        ({"hidden_size": -4}, "cannot build a causal language model"),
+        ({"model_type": "no-such-model"}, "cannot build a language model of model_type 'no-such-model'"),
+        ({"model_type": "t5", "architectures": None}, "an encoder-decoder model .model_type 't5'."),
+        ({"model_type": None}, "cannot build a language model of model_type None"),
+        ({"vocab_size": "many"}, "cannot build a language model"),
+        ({"hidden_size": -4}, "cannot build a language model"),
         ({"hidden_size": 96}, r"is \[.*\] in model\.safetensors but config\.json makes it \[.*96"),
         ({"intermediate_size": 256}, r"is \[.*128.*\] in model\.safetensors but config\.json makes it \[.*256"),
         ({"vocab_size": 5000}, r"is \[4096, 64\] in model\.safetensors but config\.json makes it \[5000, 64\]"),

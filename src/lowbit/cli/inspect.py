@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lowbit.cli.options import Json, Quiet, Verbose, begin, finish, megabytes, table
+from lowbit.cli.options import Json, Quiet, Trust, Verbose, begin, finish, megabytes, table
 from lowbit.errors import QualityGateError
 
 _WORST = 10
@@ -12,12 +12,13 @@ _WORST = 10
 
 def inspect(
     path: Annotated[str, typer.Argument(help="A model directory, hub id or 'demo'.")],
+    trust_remote_code: Trust = False,
     json: Json = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Show what a model is made of, and which layers lost most."""
-    begin(quiet, verbose)
+    begin(quiet, verbose, trust_remote_code)
     from lowbit.inspect import inspect as run
 
     document = run(path)
@@ -54,12 +55,13 @@ def _inspection(document: dict[str, Any], shown: int) -> str:
 
 def verify(
     path: Annotated[str, typer.Argument(help="A lowbit output directory.")],
+    trust_remote_code: Trust = False,
     json: Json = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Prove that a directory is still what was made: hashes, shapes, and the recorded logits computed again."""
-    begin(quiet, verbose)
+    begin(quiet, verbose, trust_remote_code)
     from lowbit.inspect import verify as run
 
     document = run(path)

@@ -9,6 +9,7 @@ from lowbit.cli.options import (
     Quiet,
     Runtime,
     Seed,
+    Trust,
     Verbose,
     begin,
     check_runtime,
@@ -33,12 +34,13 @@ def evaluate(
     max_ppl_increase: Annotated[str | None, typer.Option(metavar="1%", help="Gate: exit 3 above this.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Gate: exit 3 above this KL divergence.", min=0)] = None,
     runtime: Runtime = "auto",
+    trust_remote_code: Trust = False,
     json: Json = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Measure accuracy: perplexity, KL divergence and agreement with the original."""
-    begin(quiet, verbose)
+    begin(quiet, verbose, trust_remote_code)
     limit = percent(max_ppl_increase, "--max-ppl-increase")
     kind = check_runtime(runtime)
     from lowbit.accuracy import evaluate as run
@@ -107,12 +109,13 @@ def bench(
     max_tpot: Annotated[str | None, typer.Option(metavar="20ms", help="Of a server: limit for goodput.")] = None,
     runtime: Runtime = "auto",
     seed: Seed = 0,
+    trust_remote_code: Trust = False,
     json: Json = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Measure speed and memory, models taking turns; or a server by its URL, under load."""
-    begin(quiet, verbose)
+    begin(quiet, verbose, trust_remote_code)
     kind = check_runtime(runtime)
     first, each = seconds(max_ttft, "--max-ttft"), seconds(max_tpot, "--max-tpot")
     from lowbit.speed import Load

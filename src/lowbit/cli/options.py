@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import re
 import sys
 from pathlib import Path
@@ -18,13 +19,19 @@ Json = Annotated[
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results only, no progress.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Print more on the way.")]
 Seed = Annotated[int, typer.Option(help="Seed of everything random.", min=0, max=2**32 - 1)]
+Trust = Annotated[
+    bool,
+    typer.Option("--trust-remote-code", help="Run Python code that comes with a model. Read it first."),
+]
 Runtime = Annotated[
     str, typer.Option(help="What computes: auto, transformers, or bfloat16 and float32 (weights dequantized).")
 ]
 
 
-def begin(quiet: bool, verbose: bool) -> None:
+def begin(quiet: bool, verbose: bool, trust_remote_code: bool = False) -> None:
     set_verbosity(0 if quiet else 2 if verbose else 1)
+    if trust_remote_code:
+        os.environ["LOWBIT_TRUST_REMOTE_CODE"] = "1"  # seen by processes started from here as well
 
 
 def check_runtime(value: str) -> Any:

@@ -5,8 +5,8 @@ from typing import Annotated, Any
 
 import typer
 
-from lowbit.cli.options import Json, Quiet, Verbose, begin, finish, megabytes
-from lowbit.errors import InputError
+from lowbit.cli.options import Json, Quiet, Trust, Verbose, begin, finish, megabytes, percent, size
+from lowbit.errors import InputError, QualityGateError
 
 
 def quantize(
@@ -28,15 +28,25 @@ def quantize(
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A setting of the method.")
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="A YAML file with these words, or a lowbit.json.")] = None,
+    max_unreached: Annotated[
+        str, typer.Option(metavar="10%", help="Exit 3 if more linears than this got no usable calibration data.")
+    ] = "10%",
+    max_memory: Annotated[
+        str | None, typer.Option(metavar="4GB", help="Memory to stay under (default: what is available).")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Predict memory, disk and time; write nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Finish an interrupted run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
+    trust_remote_code: Trust = False,
     json: Json = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
     """Store a model's linear layers in fewer bits."""
-    begin(quiet, verbose)
+    begin(quiet, verbose, trust_remote_code)
+    limit = percent(max_unreached, "--max-unreached")
     from lowbit.recipe import read_recipe
+    from lowbit.rounding import WORSE
     from lowbit.tuning.mixed import quantize as run
 
     if resume and force:
@@ -54,8 +64,20 @@ def quantize(
         "set": _pairs(set_, "--set", "KEY=VALUE") if set_ else None,
     }
     words |= {k: v for k, v in given.items() if v is not None}
-    document = run(model, output, resume=resume, force=force, **words)
+    memory = size(max_memory, "--max-memory")
+    document = run(model, output, resume=resume, force=force, max_memory=memory, dry_run=dry_run, **words)
+    if dry_run:
+        finish("quantize", document, json, prediction(document["predicted"]), words.get("seed", 0))
+        return
     finish("quantize", document, json, summary(document), words.get("seed", 0))
+    starved = [r["name"] for r in document["layers"] if r["fallback"] and WORSE not in r["fallback"]]
+    share = len(starved) / len(document["layers"])
+    if limit is not None and share > limit:
+        raise QualityGateError(
+            f"{output}: {len(starved)} of {len(document['layers'])} linears ({share:.0%}, the limit is {limit:.0%}) "
+            f"had no usable calibration data and are round-to-nearest, the first is {starved[0]}. What was made stays. "
+            "Give more or broader --calibration text (--samples), or accept it with a higher --max-unreached."
+        )
 
 
 def _pairs(items: list[str], option: str, form: str) -> tuple[tuple[str, str], ...]:
@@ -66,6 +88,14 @@ def _pairs(items: list[str], option: str, form: str) -> tuple[tuple[str, str], .
             raise InputError(f"{option} {item}: expected {form}.")
         pairs.append((key, value))
     return tuple(pairs)
+
+
+def prediction(predicted: dict[str, Any]) -> str:
+    return (
+        f"would take about {predicted['seconds']:.0f} s, peak memory {megabytes(predicted['peak_memory_bytes'])} "
+        f"(activations in {'memory' if predicted['activations'] == 'memory' else 'a file'}), "
+        f"output {megabytes(predicted['output_bytes'])}"
+    )
 
 
 def summary(document: dict[str, Any]) -> str:

@@ -6,8 +6,10 @@ small model that comes with the package). Only safetensors are read: a pickle ca
 
 import hashlib
 import json
+import os
 import re
 import struct
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,10 +20,12 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lowbit.errors import InputError
+from lowbit.shards import Later, read_tensor
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+TRUST = "LOWBIT_TRUST_REMOTE_CODE"
 FLOAT_TYPES = {"F64", "F32", "F16", "BF16"}
 
 
@@ -33,6 +37,7 @@ class TensorInfo:
     dtype: str
     shape: tuple[int, ...]
     nbytes: int
+    start: int  # its first byte in the file
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,11 @@ class Checkpoint:
     path: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo] = field(repr=False)
+    trust_remote_code: bool = False
+    # set by model/names.py, where the model's names differ from the files'
+    stored: Mapping[str, str] = field(default_factory=dict, repr=False)
+    stored_modules: Mapping[str, str] = field(default_factory=dict, repr=False)
+    transposed: frozenset[str] = field(default=frozenset(), repr=False)  # weights (out, in) that lie there as (in, out)
 
     @property
     def nbytes(self) -> int:
@@ -63,16 +73,51 @@ class Checkpoint:
         return config
 
     @property
+    def text_config(self) -> dict[str, Any]:
+        """The part of the config that describes the language model: all of it, unless the model also sees or hears."""
+        inner = self.config.get("text_config")
+        return inner if isinstance(inner, dict) else self.config
+
+    @property
+    def context_length(self) -> int | None:
+        """The most tokens the model takes, if its config says so."""
+        for key in ("max_position_embeddings", "n_positions", "max_seq_len"):
+            value = self.text_config.get(key)
+            if isinstance(value, int):
+                return value
+        return None
+
+    @property
     def shards(self) -> list[str]:
         return sorted({info.shard for info in self.tensors.values()})
 
+    def stored_module(self, module: str) -> str:
+        """The name that a module's tensors begin with in the files."""
+        return self.stored_modules.get(module, module)
+
+    def stored_tensor(self, name: str) -> str:
+        """The name in the files of a tensor, also of one that is not there yet (a packed weight)."""
+        module, dot, tail = name.rpartition(".")
+        return self.stored.get(name) or self.stored_module(module) + dot + tail
+
     def get(self, name: str) -> Tensor:
         """One tensor, copied out of its shard. Raises InputError if it is unreadable or not finite."""
+        tensor = self.as_stored(name)
+        return tensor.T.contiguous() if name in self.transposed else tensor
+
+    def later(self, name: str) -> Later:
+        """`as_stored`, to be read when it is needed."""
+        info = self.tensors[name]
+        shape = info.shape[::-1] if name in self.transposed else info.shape
+        return Later(info.dtype, shape, lambda: self.as_stored(name))
+
+    def as_stored(self, name: str) -> Tensor:
+        """`get`, but a transposed weight as it lies in the file."""
         info = self.tensors[name]
         try:
-            with safe_open(self.path / info.shard, framework="pt") as shard:
-                tensor: Tensor = shard.get_tensor(name).clone()
-        except (SafetensorError, OSError) as error:
+            shape = info.shape[::-1] if name in self.transposed else info.shape
+            tensor = read_tensor(self.path / info.shard, info.start, info.dtype, shape)
+        except (KeyError, OSError) as error:
             raise InputError(f"{self.path / info.shard}: cannot read tensor {name!r}: {error}.") from error
         if tensor.is_floating_point() and tensor.element_size() > 1 and not bool(torch.isfinite(tensor.sum())):
             bad = int((~torch.isfinite(tensor)).sum())
@@ -89,10 +134,10 @@ class Checkpoint:
         info = self.tensors[name]
         try:
             with safe_open(self.path / info.shard, framework="pt") as shard:
-                tensor: Tensor = shard.get_tensor(name)
+                tensor: Tensor = shard.get_tensor(self.stored_tensor(name))
         except (SafetensorError, OSError) as error:
             raise InputError(f"{self.path / info.shard}: cannot read tensor {name!r}: {error}.") from error
-        return tensor
+        return tensor.T if name in self.transposed else tensor
 
     def check_finite(self) -> None:
         """Read every float tensor once. Raises InputError naming the first that has NaN or infinite values."""
@@ -111,7 +156,11 @@ class Checkpoint:
 
 
 def open_checkpoint(model: str | Path) -> Checkpoint:
-    """Open the model that `model` names. Raises InputError, in one paragraph, for everything wrong with it."""
+    """Open the model that `model` names. Raises InputError, in one paragraph, for everything wrong with it.
+
+    Code that comes with a model runs only where the environment has LOWBIT_TRUST_REMOTE_CODE=1, which is what
+    --trust-remote-code sets, so that processes started from here see it too.
+    """
     name = str(model)
     path = _locate(name)
     config = _read_config(path)
@@ -133,7 +182,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
         )
     if not tensors:
         raise InputError(f"{path}: the safetensors files hold no tensors.")
-    return Checkpoint(name, path, config, tensors)
+    return Checkpoint(name, path, config, tensors, os.environ.get(TRUST) == "1")
 
 
 def _locate(name: str) -> Path:
@@ -181,6 +230,8 @@ def _read_config(path: Path) -> dict[str, Any]:
     config = _read_json(file)
     if not isinstance(config, dict):
         raise InputError(f"{file}: expected a JSON object, got {type(config).__name__}.")
+    if not isinstance(config.get("quantization_config", {}), dict):
+        raise InputError(f"{file}: quantization_config is {config['quantization_config']!r}, expected an object.")
     return config
 
 
@@ -218,7 +269,7 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
     if size == 0:
         raise InputError(f"{file}: the file is empty (0 bytes). Fetch it again.")
     try:
-        with safe_open(file, framework="pt"):  # the library's own validation: lengths, offsets, overlaps, dtypes
+        with safe_open(file, framework="np"):  # the library's own validation: lengths, offsets, overlaps, dtypes
             pass
         with file.open("rb") as stream:
             (length,) = struct.unpack("<Q", stream.read(8))
@@ -228,7 +279,8 @@ def read_header(file: Path) -> dict[str, TensorInfo]:
             f"{file}: not a whole safetensors file ({size} bytes): {error}. Cut short or damaged; fetch it again."
         ) from error
     return {
-        name: TensorInfo(file.name, e["dtype"], tuple(e["shape"]), e["data_offsets"][1] - e["data_offsets"][0])
+        name: TensorInfo(file.name, e["dtype"], tuple(e["shape"]), end - start, 8 + length + start)
         for name, e in header.items()
         if name != "__metadata__"
+        for start, end in [e["data_offsets"]]
     }

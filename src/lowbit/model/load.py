@@ -9,47 +9,93 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging as hf_logging
 
 from lowbit.errors import InputError
 from lowbit.formats.choose import FORMATS, Format, format_of_config
-from lowbit.model.checkpoint import Checkpoint
+from lowbit.model.checkpoint import FLOAT_TYPES, Checkpoint
+from lowbit.model.linearize import linearize
+from lowbit.model.names import stored_names, under_model_names
 from lowbit.model.walk import Blocks
 from lowbit.scheme import Scheme
 from lowbit.tensor import QuantizedTensor
 
+_MOST_BUFFER_BYTES = 2 * 2**30
+
 
 def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
-    """The model of checkpoint.config with every parameter on the meta device (no memory) and buffers computed.
+    """The model of checkpoint.config with every parameter on the meta device (no memory) and buffers computed, and
+    every matrix product an nn.Linear (linearize.py). `open_source` gives the tensors under this model's names.
 
     A quantization_config is ignored: the skeleton is the full-precision architecture. Raises InputError if
     transformers does not know the architecture.
     """
     config_dict = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-    model_type = config_dict.get("model_type")
     try:
         with quiet_transformers():
-            config = AutoConfig.for_model(**config_dict)
-            with torch.device("meta"):
-                model = AutoModelForCausalLM.from_config(config, dtype=checkpoint.dtype)
+            model = _build(checkpoint, config_dict)
+            compute_buffers(model)
+    except InputError:
+        raise
     except Exception as error:  # whatever a strange config makes transformers raise, the config is at fault
         reason = str(error).strip().split("\n")[0][:300]
         raise InputError(
-            f"{checkpoint.path / 'config.json'}: transformers cannot build a causal language model of model_type "
-            f"{model_type!r} (architectures {config_dict.get('architectures')}): {reason}"
+            f"{checkpoint.path / 'config.json'}: transformers cannot build a language model of model_type "
+            f"{config_dict.get('model_type')!r} (architectures {config_dict.get('architectures')}): {reason}"
         ) from error
     model.eval()
     model.requires_grad_(False)
-    compute_buffers(model)
-    check_names(model, checkpoint)
+    linearize(model, *stored_names(model, checkpoint))
+    check_names(model, under_model_names(model, checkpoint))
     return model
+
+
+def _build(checkpoint: Checkpoint, words: dict[str, Any]) -> PreTrainedModel:
+    """The class that `architectures` names if transformers has it, else the causal language model of the config."""
+    names = words.get("architectures")
+    own_code = words.get("auto_map")
+    if own_code and not checkpoint.trust_remote_code and words.get("model_type") not in CONFIG_MAPPING:
+        raise InputError(
+            f"{checkpoint.path}: this model brings its own code ({own_code}), and transformers has none for "
+            f"model_type {words.get('model_type')!r}. If you trust it, let it run with --trust-remote-code."
+        )
+    if own_code and checkpoint.trust_remote_code:
+        config = AutoConfig.from_pretrained(checkpoint.path, trust_remote_code=True)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=checkpoint.dtype, trust_remote_code=True)
+    config = AutoConfig.for_model(**words)
+    if config.is_encoder_decoder:
+        raise InputError(
+            f"{checkpoint.path}: an encoder-decoder model (model_type {words.get('model_type')!r}). lowbit quantizes "
+            "models with one stack of blocks: decoders and encoders."
+        )
+    text = config.get_text_config()
+    for key in ("num_hidden_layers", "num_experts", "num_local_experts", "n_routed_experts"):
+        if (getattr(text, key, None) or 0) > 10 * len(checkpoint.tensors):  # stacked experts are few tensors
+            raise InputError(
+                f"{checkpoint.path}: config.json has {key} = {getattr(text, key)}, but the files hold only "
+                f"{len(checkpoint.tensors)} tensors. The config and the weights belong to different models."
+            )
+    name = names[0] if isinstance(names, list) and names else None
+    own: Any = getattr(transformers, name, None) if isinstance(name, str) else None
+    with torch.device("meta"):
+        if getattr(own, "config_class", None) is type(config):
+            return own._from_config(config, dtype=checkpoint.dtype)
+        return AutoModelForCausalLM.from_config(config, dtype=checkpoint.dtype)
 
 
 def compute_buffers(model: PreTrainedModel) -> None:
     """Give the buffers that no file holds (rotary frequencies) their values, by transformers' own initialization."""
-    owners = {name.rpartition(".")[0] for name, _ in model.named_non_persistent_buffers()}
+    buffers = dict(model.named_non_persistent_buffers())
+    size = sum(b.nbytes for b in buffers.values())
+    if size > _MOST_BUFFER_BYTES:
+        raise InputError(f"the config asks for buffers of {size / 1e9:.0f} GB, which is more than any model needs.")
+    owners = {name.rpartition(".")[0] for name in buffers}
     for owner in owners:
         module = model.get_submodule(owner)
         for name, buffer in module.named_buffers(recurse=False):
@@ -59,7 +105,8 @@ def compute_buffers(model: PreTrainedModel) -> None:
 
 def check_names(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Raise InputError if the files and the architecture disagree about a parameter's name or shape."""
-    stored = {name.removesuffix("_packed") for name in checkpoint.tensors}
+    quantized = bool(checkpoint.quantization)
+    stored = {name.removesuffix("_packed") if quantized else name for name in checkpoint.tensors}
     tied = set(model.all_tied_weights_keys)
     missing = [n for n, _ in model.named_parameters() if n not in stored and n not in tied]
     if missing:
@@ -75,6 +122,11 @@ def check_names(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         )
     for name, parameter in model.named_parameters():
         info = checkpoint.tensors.get(name)
+        if info is not None and not quantized and info.dtype not in FLOAT_TYPES:
+            raise InputError(
+                f"{checkpoint.path}: {name!r} is stored as {info.dtype} in {info.shard}, and config.json has no "
+                "quantization_config that says what its values mean."
+            )
         if info is not None and info.shape != tuple(parameter.shape):
             raise InputError(
                 f"{checkpoint.path}: {name!r} is {list(info.shape)} in {info.shard} but config.json makes it "
@@ -114,14 +166,18 @@ class Source:
         return self.layout.unpack(name, self.checkpoint.get, self.schemes[name]) if name in self.schemes else None
 
 
-def open_source(model: nn.Module, checkpoint: Checkpoint) -> Source:
+def open_source(model: PreTrainedModel, checkpoint: Checkpoint) -> Source:
+    """The checkpoint under the names of `model`, a skeleton made from it."""
+    checkpoint = under_model_names(model, checkpoint)
     config = checkpoint.quantization
-    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    embeddings = [n for n, m in model.named_modules() if isinstance(m, nn.Embedding)]
     if not config:
         return Source(checkpoint, {})
     layout = format_of_config(config)
-    return Source(checkpoint, layout.read_schemes(config, linears, embeddings), layout)
+    linears = {checkpoint.stored_module(n): n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    embeddings = {checkpoint.stored_module(n): n for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
+    names = linears | embeddings
+    schemes = layout.read_schemes(config, list(linears), list(embeddings))
+    return Source(checkpoint, {names[n]: scheme for n, scheme in schemes.items()}, layout)
 
 
 def materialize(model: nn.Module, name: str, source: Source, dtype: torch.dtype) -> nn.Module:
@@ -195,8 +251,8 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         raise InputError(
             f"{checkpoint.path}: the tokenizer cannot be loaded: {str(error).splitlines()[0][:300]}"
         ) from error
-    rows = next((i.shape[0] for n, i in checkpoint.tensors.items() if "embed" in n and len(i.shape) == 2), None)
-    if rows is not None and len(tokenizer) > rows:
+    rows = checkpoint.text_config.get("vocab_size")
+    if isinstance(rows, int) and len(tokenizer) > rows:
         raise InputError(
             f"{checkpoint.path}: the tokenizer has {len(tokenizer)} tokens but the embedding only {rows} rows: they "
             "belong to different models."

@@ -1,9 +1,13 @@
 """All calibration batches walk through a block in step, and pause where the next group's input is known.
 
-`Lockstep` does it in one thread; `Walk` deals the batches out to a fixed number of threads, each computing with a
-single torch thread: large independent pieces of work, instead of splitting every operation and waiting at its end.
+`Lockstep` does it in one thread, holding what every batch has computed so far. Where memory does not allow that,
+`Recompute` takes one batch at a time and starts the block anew for each group: the same values from the same
+operations, so the result is the same to the last bit, for as many forward passes as there are groups. `Walk` deals
+the batches out to a fixed number of threads, each computing with a single torch thread: large independent pieces of
+work, instead of splitting every operation and waiting at its end.
 """
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -119,7 +123,67 @@ class Lockstep:
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
+        for walker in self._walkers:  # greenlets and this object refer to each other: let go of the tensors now
+            walker.waiting = None
+            walker.__dict__.pop("output", None)
         self._walkers = []
+
+
+class _Reached(Exception):
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x = x
+
+
+class Recompute:
+    """What Lockstep does, holding one batch at a time: each group's input is computed from the block's beginning."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        index: int,
+        entries: list[Entry],
+        groups: Sequence[InputGroup],
+        activations: Mapping[str, TensorScheme],
+        watched: Sequence[str] = (),
+    ) -> None:
+        assert not watched, "nothing is kept of what passes by"
+        self._block, self._index = block, index
+        self._entries = entries
+        self._thread = threading.get_ident()
+        self._wanted: int | None = None
+        group_of = {name: k for k, group in enumerate(groups) for name in group.names}
+        self._handles = [
+            module.register_forward_pre_hook(self._stop_or_round(group_of.get(name), activations.get(name)))
+            for name, module in linears(block).items()
+        ]
+
+    def _stop_or_round(self, k: int | None, grid: TensorScheme | None) -> Any:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if threading.get_ident() != self._thread:
+                return None  # a batch of another thread's walk through the same block
+            if k is not None and k == self._wanted:
+                raise _Reached(args[0])
+            return None if grid is None else (fake_quantize_activation(args[0], grid), *args[1:])
+
+        return hook
+
+    def inputs(self, k: int) -> Iterator[tuple[Entry, Tensor]]:
+        """The k-th group's input, batch by batch (a batch that never reaches the group yields nothing)."""
+        for entry in self._entries:
+            self._wanted = k
+            try:
+                entry.run(self._block, self._index)
+            except _Reached as reached:
+                yield entry, reached.x
+
+    def outputs(self) -> list[Tensor]:
+        self._wanted = None
+        return [entry.keep(entry.run(self._block, self._index)) for entry in self._entries]
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
 
 
 class Walk:
@@ -138,13 +202,16 @@ class Walk:
         activations: Mapping[str, TensorScheme],
         threads: int,
         watched: Sequence[str] = (),
+        *,
+        recompute: bool = False,
     ) -> None:
+        kind: Callable[..., Lockstep | Recompute] = Recompute if recompute else Lockstep
         size = -(-len(entries) // threads)
         shares = [entries[i : i + size] for i in range(0, len(entries), size)]
         # a greenlet lives in the thread it was made in: each share has a thread of its own
         self._pools = [ThreadPoolExecutor(1, initializer=_begin_thread) for _ in shares]
         self._walks = [
-            pool.submit(Lockstep, block, index, share, groups, activations, watched).result()
+            pool.submit(kind, block, index, share, groups, activations, watched).result()
             for pool, share in zip(self._pools, shares, strict=True)
         ]
 
@@ -154,7 +221,7 @@ class Walk:
 
     def finish(self) -> list[Tensor]:
         """The hidden states after the block, batch by batch; then the block is left as it was."""
-        outputs = self._each(Lockstep.outputs)
+        outputs = self._each(lambda walk: walk.outputs())
         for walk in self._walks:
             walk.close()
         for pool in self._pools:
@@ -163,9 +230,10 @@ class Walk:
 
     def kept(self, name: str) -> list[Tensor]:
         """The input of a watched module, batch by batch, once all have reached it."""
-        return [value for share in self._each(lambda walk: walk.kept(name)) for value in share]
+        kept = self._each(lambda walk: walk.kept(name) if isinstance(walk, Lockstep) else [])
+        return [value for share in kept for value in share]
 
-    def _each(self, work: Callable[[Lockstep], T]) -> list[T]:
+    def _each(self, work: Callable[[Lockstep | Recompute], T]) -> list[T]:
         futures = [pool.submit(work, walk) for pool, walk in zip(self._pools, self._walks, strict=True)]
         return [future.result() for future in futures]
 

@@ -29,7 +29,7 @@ class Original:
     """One pass of the original model over the calibration batches, a block at a time."""
 
     def __init__(self, entries: list[Entry], threads: int) -> None:
-        self.entries = [replace(entry) for entry in entries]
+        self.entries = [replace(entry, hidden=entry.hidden.clone(), room=None) for entry in entries]
         self.threads = threads
         self.streams: Mapping[str, str] = {}
         self._walk: Walk | None = None

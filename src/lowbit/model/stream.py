@@ -6,10 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lowbit.errors import InputError
 from lowbit.model.checkpoint import Checkpoint
-from lowbit.model.load import materialize, materialize_outside, open_source, release, skeleton
+from lowbit.model.load import Source, compute_buffers, materialize, materialize_outside, open_source, release, skeleton
 from lowbit.model.lockstep import Lockstep
-from lowbit.model.walk import capture_entries, find_blocks
+from lowbit.model.walk import Blocks, Entry, capture_entries, find_blocks
 
 FINGERPRINT_TOKENS = 64
 FINGERPRINT_TOP = 8
@@ -30,32 +31,74 @@ def stream_logits(checkpoint: Checkpoint, tokens: Tensor) -> Tensor:
         grids = {n: s.activation for n, s in inside.items() if s.activation is not None}
         (entry.hidden,) = Lockstep(block, i, [entry], (), grids).finish()
         release(block)
-    return replay_tail(model, blocks.name, entry.hidden, tokens)
+    return replay_tail(model, blocks.name, entry, tokens)
 
 
-def replay_tail(model: Any, blocks: str, hidden: Tensor, tokens: Tensor) -> Tensor:
-    """What the model does after its blocks (final norm, head), given the hidden states they end with."""
+@torch.no_grad()
+def probe(model: Any, source: Source, blocks: Blocks) -> None:
+    """Run a few tokens through the part before the blocks, the first block, and the part after them.
+
+    Raises InputError if that is not possible: a config can fit the weights' shapes and still describe nothing that
+    computes, and this is cheaper to learn now than after the last block.
+    """
+    checkpoint = source.checkpoint
+    tokens = torch.arange(min(4, int(checkpoint.text_config.get("vocab_size") or 4)))[None]
+    materialize_outside(model, blocks, source, torch.float32)
+    block = materialize(model, blocks.names[0], source, torch.float32)
+    try:
+        (entry,) = capture_entries(model, blocks, [tokens])
+        entry.hidden = entry.run(block, 0)
+        replay_tail(model, blocks.name, entry, tokens)
+    except Exception as error:  # the model class's own code, on whatever the config says
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(
+            f"{checkpoint.path}: the model that config.json describes cannot run ({type(error).__name__}: {reason})."
+        ) from error
+    finally:
+        release(model)
+        compute_buffers(model)
+
+
+def replay_tail(model: Any, blocks: str, entry: Entry, tokens: Tensor) -> Tensor:
+    """What the model does after its blocks (final norm, head), given the entry that has passed them."""
     holder = model.get_submodule(blocks)
     originals = list(holder)
 
     class Give(torch.nn.Module):
-        def forward(self, *_args: Any, **_kwargs: Any) -> Tensor:
-            return hidden
+        def forward(self, *_args: Any, **_kwargs: Any) -> Any:
+            return (entry.hidden,) if entry.returns_tuple else entry.hidden
 
     try:
         for i in range(len(originals)):
             holder[i] = Give()
-        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+        logits = outputs_of(model(input_ids=tokens, use_cache=False))
     finally:
         for i, block in enumerate(originals):
             holder[i] = block
     return logits.float()
 
 
+def last_logits(checkpoint: Checkpoint, prompt: list[int]) -> Tensor:
+    """(vocabulary,) logits after a prompt; of a classifier, its classes' logits."""
+    return stream_logits(checkpoint, torch.tensor([prompt])).flatten(0, -2)[-1]
+
+
+def outputs_of(result: Any) -> Tensor:
+    """What a model is for: its logits, or the last hidden states of a model without a head."""
+    outputs: Tensor = result.logits if getattr(result, "logits", None) is not None else result[0]
+    return outputs
+
+
 def fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
     """The largest logits after a fixed pseudo-random prompt: what `verify` computes again."""
-    vocabulary = int(checkpoint.config.get("vocab_size") or 256)
-    tokens = np.random.default_rng(0).integers(0, vocabulary, FINGERPRINT_TOKENS)
-    logits = stream_logits(checkpoint, torch.from_numpy(tokens)[None])[0, -1]
+    vocabulary = int(checkpoint.text_config.get("vocab_size") or 256)
+    length = min(FINGERPRINT_TOKENS, checkpoint.context_length or FINGERPRINT_TOKENS)
+    tokens = np.random.default_rng(0).integers(0, vocabulary, length)
+    logits = last_logits(checkpoint, tokens.tolist())
+    if not bool(torch.isfinite(logits).all()):
+        raise InputError(
+            f"{checkpoint.path}: the logits are not finite: the model overflows in float32. Check the original with "
+            "transformers first."
+        )
     top = logits.topk(min(FINGERPRINT_TOP, len(logits)))
     return {"prompt": tokens.tolist(), "tokens": top.indices.tolist(), "logits": top.values.tolist()}

@@ -79,6 +79,8 @@ def quantize(
     *,
     resume: bool = False,
     force: bool = False,
+    max_memory: int | None = None,
+    dry_run: bool = False,
     sensitivity_by: Way = "fisher",
     **words: Any,
 ) -> dict[str, Any]:
@@ -88,13 +90,19 @@ def quantize(
     """
     scheme = str(words.get("scheme") or "")
     if recipe is not None or not scheme.startswith(AUTO):
-        return pipeline.quantize(model, output, recipe, resume=resume, force=force, **words)
+        return pipeline.quantize(
+            model, output, recipe, resume=resume, force=force, max_memory=max_memory, dry_run=dry_run, **words
+        )
     budget = Budget.parse(scheme)
     recipe = Recipe(**{k: v for k, v in words.items() if k != "scheme"})
     check_output(Path(output), resume=resume, force=force)
     checkpoint = open_checkpoint(model)
     recipe, allocation = choose(checkpoint, recipe, budget, sensitivity_by)
-    document = pipeline.quantize(model, output, recipe, resume=resume, force=force)
+    document = pipeline.quantize(
+        model, output, recipe, resume=resume, force=force, max_memory=max_memory, dry_run=dry_run
+    )
+    if dry_run:
+        return {**document, "scheme": scheme}
     allocation = {"requested": scheme, **allocation, "bits_per_weight": document["bits_per_weight"]}
     write_json(Path(output) / ALLOCATION, allocation)
     return {**document, "scheme": scheme, "allocation": allocation}
