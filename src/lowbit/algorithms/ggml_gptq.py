@@ -3,9 +3,9 @@
 algorithms/gptq.py tells the idea. What is added here: a block's d and dmin are searched on the weights as updated when
 its first column is reached, a group's integers s and m again when the group is; blocks, groups in a block and columns
 in a group are visited by their largest H_ii. Afterwards sweeps descend on  tr (W - Ŵ) H (W - Ŵ)ᵀ : with
-G = (W - Ŵ) H, a step t along a direction X of one row changes its loss by  -2 t G·X + t² X H Xᵀ, which is exact for s, m,
-d and dmin (X = d q, -dmin, s q, -m on their columns) and for each code; a step is taken where it lowers the loss after
-rounding. Sweeps therefore never raise the loss.
+G = (W - Ŵ) H, a step t along a direction X of one row changes its loss by  -2 t G·X + t² X H Xᵀ, which is exact for s,
+m, d and dmin (X = d q, -dmin, s q, -m on their columns) and for each code; a step is taken where it lowers the loss
+after rounding. Sweeps therefore never raise the loss.
 """
 
 import torch
@@ -23,7 +23,7 @@ _ROWS = 2048  # rows worked on at once
 def gptq_blocks(
     weight: Tensor, hessian: Tensor, kind: BlockType, dampening_frac: float = 0.01, sweeps: int = 3
 ) -> BlockTensor:
-    """Quantize weight (out, in) into blocks of `kind` given H (in, in). Raises ValueError as algorithms/gptq.py does."""
+    """Quantize weight (out, in) into blocks of `kind` given H (in, in). Raises ValueError as `gptq` does."""
     H = _alive(hessian.float())
     order = block_order(H.diagonal(), kind)
     U, _ = inverse_cholesky(H[order][:, order], dampening_frac)
@@ -59,7 +59,7 @@ class _Grid:
 
     @staticmethod
     def of(tensor: BlockTensor) -> "_Grid":
-        grid = _Grid(*tensor.codes.shape, tensor.type)
+        grid = _Grid(tensor.codes.shape[0], tensor.codes.shape[1], tensor.type)
         grid.put(slice(None), slice(None), tensor)
         return grid
 
@@ -81,15 +81,13 @@ class _Grid:
         d, s = self.d.to(torch.float16), self.s.to(torch.int16)
         if self.kind.m is None:
             return BlockTensor(self.kind, codes.to(torch.int16), d, s)
-        return BlockTensor(
-            self.kind, codes.to(torch.int16), d, s, self.dmin.to(torch.float16), self.m.to(torch.int16)
-        )
+        return BlockTensor(self.kind, codes.to(torch.int16), d, s, self.dmin.to(torch.float16), self.m.to(torch.int16))
 
 
 def _feedback(weight: Tensor, U: Tensor, order: Tensor, kind: BlockType) -> BlockTensor:
     """The GPTQ pass over rows (out, in); U belongs to the permuted Hessian."""
     W = weight[:, order]
-    grid = _Grid(*W.shape, kind)
+    grid = _Grid(W.shape[0], W.shape[1], kind)
     codes = torch.empty_like(W)
     importance = U.diagonal() ** -2
     for start in range(0, W.shape[1], _LAZY):
@@ -113,7 +111,7 @@ def _feedback(weight: Tensor, U: Tensor, order: Tensor, kind: BlockType) -> Bloc
 
 
 def _choose_block(grid: _Grid, W1: Tensor, i: int, order: Tensor, importance: Tensor) -> None:
-    """All parameters of the block whose first column (in visiting order) is the i-th, for its weights as they are now."""
+    """All parameters of the block whose first column (in visiting order) is the i-th, for its weights as of now."""
     kind = grid.kind
     columns = slice(i, i + kind.block)
     block = int(order[i]) // kind.block

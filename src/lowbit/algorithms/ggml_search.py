@@ -54,7 +54,9 @@ def join(parts: list[BlockTensor]) -> BlockTensor:
     """Rows one below the other."""
     fields = zip(*((p.codes, p.d, p.s, p.dmin, p.m) for p in parts), strict=True)
     codes, d, s, dmin, m = (None if f[0] is None else torch.cat(f) for f in fields)
-    assert codes is not None and d is not None and s is not None
+    assert codes is not None
+    assert d is not None
+    assert s is not None
     return BlockTensor(parts[0].type, codes, d, s, dmin, m)
 
 
@@ -147,11 +149,9 @@ def _best_scale(w: Tensor, kind: BlockType, h: Tensor) -> Tensor:
     """Symmetric: the scale, of either sign, whose codes leave least error after the least-squares fit."""
     absmax = w.abs().amax(-1, keepdim=True)
     ends = -float(kind.q[0])
-    if kind.q[1] <= 15:
-        steps = [ends * (0.7 + 0.025 * i) for i in range(19)]
-        signs = (1.0, -1.0)
-    else:
-        steps, signs = [ends * (0.95 + 0.01 * i) for i in range(8)], (1.0,)
+    coarse = kind.q[1] <= 15
+    steps = [ends * (0.7 + 0.025 * i) for i in range(19)] if coarse else [ends * (0.95 + 0.01 * i) for i in range(8)]
+    signs = (1.0, -1.0) if coarse else (1.0,)
     most = torch.full_like(absmax, -1.0)
     best = torch.ones_like(absmax)
     hw = h * w

@@ -8,8 +8,8 @@ from typing import NoReturn
 
 import typer
 
+from lowbit.cli import export, measure, quantize, tune
 from lowbit.cli import inspect as inspection
-from lowbit.cli import measure, quantize, tune
 from lowbit.errors import LowbitError
 
 _INTERRUPTED = 130  # what typer makes of Ctrl-C
@@ -27,6 +27,7 @@ for command in (
     measure.evaluate,
     measure.bench,
     tune.tune,
+    export.export,
     inspection.inspect,
     inspection.verify,
     inspection.doctor,

@@ -98,6 +98,17 @@ def numbers(text: str, option: str) -> list[int]:
     return values
 
 
+def pairs(items: list[str], option: str, form: str) -> tuple[tuple[str, str], ...]:
+    """['a=b', ...] -> (('a', 'b'), ...)."""
+    found = []
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not (key and equals and value):
+            raise InputError(f"{option} {item}: expected {form}.")
+        found.append((key, value))
+    return tuple(found)
+
+
 def size(text: str | None, option: str) -> int | None:
     """'4GB', '500MB', '2GiB' or plain bytes -> bytes."""
     if text is None:

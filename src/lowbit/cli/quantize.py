@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lowbit.cli.options import Json, Quiet, Verbose, begin, finish, megabytes
+from lowbit.cli.options import Json, Quiet, Verbose, begin, finish, megabytes, pairs
 from lowbit.errors import InputError
 
 
@@ -48,23 +48,13 @@ def quantize(
         "seq_len": seq_len,
         "seed": seed,
         "ignore": tuple(ignore) if ignore else None,
-        "override": _pairs(override, "--override", "GLOB=SCHEME") if override else None,
-        "set": _pairs(set_, "--set", "KEY=VALUE") if set_ else None,
+        "override": pairs(override, "--override", "GLOB=SCHEME") if override else None,
+        "set": pairs(set_, "--set", "KEY=VALUE") if set_ else None,
     }
     words |= {k: v for k, v in given.items() if v is not None}
     whole = Recipe(**words)
     document = run(model, output, whole, resume=resume, force=force)
     finish("quantize", document, json, summary(document), whole.seed)
-
-
-def _pairs(items: list[str], option: str, form: str) -> tuple[tuple[str, str], ...]:
-    pairs = []
-    for item in items:
-        key, equals, value = item.partition("=")
-        if not (key and equals and value):
-            raise InputError(f"{option} {item}: expected {form}.")
-        pairs.append((key, value))
-    return tuple(pairs)
 
 
 def summary(document: dict[str, Any]) -> str:

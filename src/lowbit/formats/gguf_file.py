@@ -9,6 +9,7 @@ The reader trusts nothing: every count is checked against the bytes that are lef
 hostile file costs no more memory than a small multiple of its own size.
 """
 
+import itertools
 import mmap
 import os
 import struct
@@ -50,7 +51,9 @@ class TensorEntry:
     def type(self) -> GgmlType:
         if self.type_id not in BY_ID:
             known = ", ".join(sorted(t.name for t in BY_ID.values()))
-            raise InputError(f"tensor {self.name!r} is of ggml type {self.type_id}, which lowbit cannot read ({known}).")
+            raise InputError(
+                f"tensor {self.name!r} is of ggml type {self.type_id}, which lowbit cannot read ({known})."
+            )
         return BY_ID[self.type_id]
 
     @property
@@ -210,7 +213,9 @@ class _Cursor:
         """A u64 count of items that take at least `each` bytes."""
         count = int(self.number("<u8", what))
         if count * each > self.left:
-            raise InputError(f"{self.path}: says it has {count} {what}, which its {self.left} remaining bytes cannot hold.")
+            raise InputError(
+                f"{self.path}: says it has {count} {what}, which its {self.left} remaining bytes cannot hold."
+            )
         return count
 
     def string(self, what: str) -> str:
@@ -295,15 +300,15 @@ def _entry(cursor: _Cursor) -> TensorEntry:
     name = _name(cursor, "a tensor's name")
     dimensions = cursor.number("<u4", f"the dimensions of {name!r}")
     if not 1 <= dimensions <= _MAX_DIMENSIONS:
-        raise InputError(f"{cursor.path}: tensor {name!r} has {dimensions} dimensions; expected 1 to {_MAX_DIMENSIONS}.")
+        raise InputError(
+            f"{cursor.path}: tensor {name!r} has {dimensions} dimensions; expected 1 to {_MAX_DIMENSIONS}."
+        )
     sizes = [int(cursor.number("<u8", f"the shape of {name!r}")) for _ in range(dimensions)]
     type_id = cursor.number("<u4", f"the type of {name!r}")
     return TensorEntry(name, tuple(reversed(sizes)), type_id, int(cursor.number("<u8", f"the offset of {name!r}")))
 
 
-def _placed(
-    path: Path, entries: list[TensorEntry], start: int, alignment: int, size: int
-) -> dict[str, TensorEntry]:
+def _placed(path: Path, entries: list[TensorEntry], start: int, alignment: int, size: int) -> dict[str, TensorEntry]:
     """The entries with offsets from the file's start. Raises InputError for one outside the file or over another."""
     placed: dict[str, TensorEntry] = {}
     spans = []
@@ -311,7 +316,9 @@ def _placed(
         if e.name in placed:
             raise InputError(f"{path}: tensor {e.name!r} is there twice.")
         if e.offset % alignment:
-            raise InputError(f"{path}: tensor {e.name!r} is at {e.offset}, not a multiple of the alignment {alignment}.")
+            raise InputError(
+                f"{path}: tensor {e.name!r} is at {e.offset}, not a multiple of the alignment {alignment}."
+            )
         at = start + e.offset
         placed[e.name] = TensorEntry(e.name, e.shape, e.type_id, at)
         if e.type_id in BY_ID:  # the size of an unknown type is unknown; reading it is refused
@@ -321,13 +328,11 @@ def _placed(
                 raise InputError(f"{path}: tensor {e.name!r} {list(e.shape)}: {error}") from error
             if at + nbytes > size:
                 raise InputError(
-                    f"{path}: tensor {e.name!r} {list(e.shape)} ends at byte {at + nbytes} of {size}. The file is cut short."
+                    f"{path}: tensor {e.name!r} {list(e.shape)} ends at byte {at + nbytes} of {size}: cut short."
                 )
             spans.append((at, at + nbytes, e.name))
     spans.sort()
-    for (_, end, first), (begin, _, second) in zip(spans, spans[1:], strict=False):
+    for (_, end, first), (begin, _, second) in itertools.pairwise(spans):
         if begin < end:
             raise InputError(f"{path}: tensors {first!r} and {second!r} overlap.")
     return placed
-
-

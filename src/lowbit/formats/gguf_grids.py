@@ -2,13 +2,14 @@
 
 w = (code - zero_point) * scale is carried by a type whose codes reach all of code - zero_point in groups of 32: Q4_0
 for -8..7, Q5_0 for -16..15 (so also 4 bits with a zero point), Q8_0 for -128..127. A larger group repeats its scale.
-The scale must be a half-precision number; bfloat16 scales are, unless they are below 2^-17 or so.
+Scales become half precision (numerics.half_scale), which is exact for bfloat16 scales from 2^-17 up.
 """
 
 import torch
 
 from lowbit.errors import InputError
 from lowbit.ggml import Q4_0, Q5_0, Q8_0, BlockTensor, BlockType
+from lowbit.numerics import half_scale
 from lowbit.scheme import Scheme
 from lowbit.tensor import QuantizedTensor
 
@@ -48,7 +49,7 @@ def _type_for(scheme: Scheme) -> BlockType | None:
 
 
 def carry(name: str, quantized: QuantizedTensor, kind: BlockType) -> BlockTensor:
-    """The same values as blocks of `kind`. Raises InputError if a scale is no half-precision number."""
+    """The same codes as blocks of `kind`. Raises InputError if rows are not whole blocks or a scale overflows."""
     rows, columns = quantized.codes.shape
     if columns % kind.block:
         raise InputError(f"{name}: {columns} inputs are not whole GGUF blocks of {kind.block}; leave it unquantized.")
@@ -57,14 +58,7 @@ def carry(name: str, quantized: QuantizedTensor, kind: BlockType) -> BlockTensor
     def spread(x: torch.Tensor) -> torch.Tensor:  # (out/r, in/c) -> (out, blocks)
         return x.repeat_interleave(rows // x.shape[0], 0).repeat_interleave(blocks // x.shape[1], 1)
 
-    scale = spread(quantized.scale.float())
-    d = scale.to(torch.float16)
-    lost = int((d.float() != scale).sum())
-    if lost:
-        raise InputError(
-            f"{name}: {lost} scales are too small or too fine for GGUF's half precision, so the codes cannot be carried "
-            "over exactly. Export the original model with --type instead."
-        )
+    d = spread(half_scale(name, quantized.scale))
     codes = quantized.codes.to(torch.int16)
     if quantized.zero_point is not None:
         codes = codes - spread(quantized.zero_point.to(torch.int16)).repeat_interleave(kind.block, 1)

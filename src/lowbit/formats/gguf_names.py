@@ -107,7 +107,7 @@ KEYS = (
 
 
 def find_family(config: Any) -> Family:
-    """Raises InputError for a model_type that lowbit cannot write as GGUF, or a variant llama.cpp computes otherwise."""
+    """Raises InputError for a model_type that cannot be written, or a variant that llama.cpp computes otherwise."""
     kind = config.model_type
     if kind not in FAMILIES:
         raise InputError(f"GGUF export knows {', '.join(FAMILIES)}, not model_type {kind!r}.")
@@ -210,7 +210,7 @@ def rope_divisors(config: Any, inv_freq: Tensor) -> Tensor | None:
     rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") != "llama3":
         return None
-    plain = rope["rope_theta"] ** -(torch.arange(len(inv_freq), dtype=torch.float64) / len(inv_freq))
+    plain: Tensor = rope["rope_theta"] ** -(torch.arange(len(inv_freq), dtype=torch.float64) / len(inv_freq))
     return (plain / inv_freq.double()).float()
 
 
@@ -260,7 +260,7 @@ def _sprinkled(mixture: str, part: str, layer: int, config: Any) -> str | None:
     more = layer < layers // 8 or layer >= 7 * layers // 8 or (layer - layers // 8) % 3 == 2
     heads = config.num_attention_heads
     few_keys = heads // (getattr(config, "num_key_value_heads", None) or heads) >= 4
-    rules = {
+    rules: dict[str, dict[str, str | None]] = {
         "q2_k": {"attn_v": "q4_k" if few_keys else "q3_k", "ffn_down": "q3_k", "attn_output": "q3_k"},
         "q3_k_m": {
             "attn_v": "q5_k" if layer < 2 else "q4_k",

@@ -21,7 +21,7 @@ _SPLITS = {
 
 
 def tokenizer_metadata(tokenizer: Any, vocab_size: int) -> dict[str, Typed]:
-    """The tokenizer.* keys of a transformers tokenizer. Raises InputError for a kind llama.cpp would split otherwise."""
+    """The tokenizer.* keys of a transformers tokenizer. Raises InputError for one llama.cpp would split otherwise."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         raise InputError("GGUF export needs a tokenizer.json (a fast tokenizer); this one has none.")
@@ -96,7 +96,7 @@ def _split_name(pre_tokenizer: dict[str, Any]) -> str:
 
 
 def _scores(tokens: list[str], merges: list[Any]) -> list[float]:
-    """Minus the rank at which a piece is first merged; pieces of one character need no score, others are never merged."""
+    """Minus the rank at which a piece is first merged. One character needs no score; other pieces are never merged."""
     ranks: dict[str, int] = {}
     for rank, merge in enumerate(merges):
         left, right = merge.split(" ") if isinstance(merge, str) else merge

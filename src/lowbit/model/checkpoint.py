@@ -23,6 +23,7 @@ DEMO = Path(__file__).resolve().parent.parent / "demo"
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 FLOAT_TYPES = {"F64", "F32", "F16", "BF16"}
+_QUANTIZATION_FILES = {"quantize_config.json": "gptq", "hf_quant_config.json": "modelopt"}
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,15 @@ class Checkpoint:
         largest = max((d for d in sizes if d in FLOAT_TYPES), key=lambda d: sizes[d], default="BF16")
         return {"F16": torch.float16, "BF16": torch.bfloat16}.get(largest, torch.float32)
 
-    @property
+    @cached_property
     def quantization(self) -> dict[str, Any] | None:
-        config: dict[str, Any] | None = self.config.get("quantization_config")
+        """How the weights are quantized, in the words of the tool that did it; None for an ordinary model."""
+        config = self.config.get("quantization_config")
+        for file, method in _QUANTIZATION_FILES.items():  # older GPTQ and ModelOpt files say it here only
+            if config is None and (self.path / file).exists():
+                config = {"quant_method": method} | _read_object(self.path / file)
+        if config is not None and not isinstance(config, dict):
+            raise InputError(f"{self.path / 'config.json'}: quantization_config is no object.")
         return config
 
     @property
@@ -168,6 +175,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.exists():
         raise InputError(f"{path}: there is no config.json, so this is not a Hugging Face model directory.")
+    return _read_object(file)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
     config = _read_json(file)
     if not isinstance(config, dict):
         raise InputError(f"{file}: expected a JSON object, got {type(config).__name__}.")

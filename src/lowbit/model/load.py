@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as hf_logging
 
 from lowbit.errors import InputError
-from lowbit.formats.compressed_tensors import read_schemes, unpack
+from lowbit.formats.readers import find_reader
 from lowbit.model.checkpoint import Checkpoint
 from lowbit.model.walk import Blocks
 from lowbit.scheme import Scheme
@@ -59,7 +59,7 @@ def compute_buffers(model: PreTrainedModel) -> None:
 
 def check_names(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Raise InputError if the files and the architecture disagree about a parameter's name or shape."""
-    stored = {name.removesuffix("_packed") for name in checkpoint.tensors}
+    stored = {re.sub(r"\.(weight_packed|qweight)$", ".weight", name) for name in checkpoint.tensors}
     tied = set(model.all_tied_weights_keys)
     missing = [n for n, _ in model.named_parameters() if n not in stored and n not in tied]
     if missing:
@@ -105,13 +105,18 @@ class Source:
 
     def linear(self, name: str) -> QuantizedTensor | None:
         """The quantized weight of linear `name`, or None if it is stored as it was."""
-        return unpack(name, self.checkpoint.get, self.schemes[name]) if name in self.schemes else None
+        config = self.checkpoint.quantization
+        if name not in self.schemes or config is None:
+            return None
+        return find_reader(config).unpack(name, self.checkpoint.get, self.schemes[name], config)
 
 
 def open_source(model: nn.Module, checkpoint: Checkpoint) -> Source:
     config = checkpoint.quantization
     names = [n for n, m in model.named_modules() if isinstance(m, nn.Linear)]
-    return Source(checkpoint, read_schemes(config, names) if config else {})
+    if not config:
+        return Source(checkpoint, {})
+    return Source(checkpoint, find_reader(config).schemes(config, names, checkpoint.tensors, checkpoint.get))
 
 
 def materialize(model: nn.Module, name: str, source: Source, dtype: torch.dtype) -> nn.Module:

@@ -96,9 +96,7 @@ def export_gguf(checkpoint: Checkpoint, output: Path, request: Request) -> dict[
         "method": method,
         "bytes": output.stat().st_size,
         "bits_per_weight": sum(r["bits"] * r["weights"] for r in linear) / weights if weights else None,
-        "tensors": [
-            {"name": n, "type": k.name, "bytes": stored_bytes(shape, k)} for n, (shape, k) in layout.items()
-        ],
+        "tensors": [{"name": n, "type": k.name, "bytes": stored_bytes(shape, k)} for n, (shape, k) in layout.items()],
         "layers": job.report,
     }
 
@@ -150,7 +148,9 @@ def _layout(
             continue
         there = names.gguf_name(family, name)
         if there is None:
-            raise InputError(f"{source.checkpoint.name}: {name!r} has no place in a GGUF file of {family.architecture}.")
+            raise InputError(
+                f"{source.checkpoint.name}: {name!r} has no place in a GGUF file of {family.architecture}."
+            )
         shape = tuple(parameter.shape)
         shape = shape[::-1] if _is_conv1d(net, name) else shape
         kind = names.choose_type(mixture, there, shape, net.config)
@@ -227,7 +227,9 @@ def _enter(job: _Job, blocks: Blocks, calibration: Calibration, dtype: torch.dty
     return entries
 
 
-def _round_block(job: _Job, block: nn.Module, blocks: Blocks, index: int, entries: list[Entry]) -> dict[str, BlockTensor]:
+def _round_block(
+    job: _Job, block: nn.Module, blocks: Blocks, index: int, entries: list[Entry]
+) -> dict[str, BlockTensor]:
     """The block's linears as block tensors, by full name; the entries move past the quantized block."""
     name = blocks.names[index]
     groups = input_groups(block, entries[0], index)
@@ -264,7 +266,9 @@ def _round_head(
         return {}
     statistics = Statistics.empty(head.in_features)
     for entry, tokens in zip(entries, calibration.tokens.split(BATCH), strict=True):
-        (statistics.held_out if entry.held_out else statistics.train).update(_head_input(job.net, blocks, entry, tokens))
+        (statistics.held_out if entry.held_out else statistics.train).update(
+            _head_input(job.net, blocks, entry, tokens)
+        )
     return {full: _round(job, full, kind, statistics)}
 
 

@@ -1,1 +1,0 @@
-"""export: a model in another project's format. The scheme is checked against the format before any work."""
