@@ -32,31 +32,22 @@ class Layout:
     files: Files
 
 
-def _gptq(source: Source, schemes: Mapping[str, Scheme]) -> Layout:
-    gptq.single_scheme(schemes, "a GPTQ file")
-    wraps = any(gptq.needs_version_2(q) for q in _all(source) if q.zero_point is not None)
-    version = 2 if wraps else 1
+def _gptq(schemes: Mapping[str, Scheme]) -> Layout:
+    version = 1 if gptq.single_scheme(schemes, "a GPTQ file").symmetric else 2
     config = gptq.quantization_config(schemes, version)
     return Layout(lambda name, q: gptq.pack(name, q, version), config, {"quantize_config.json": config})
 
 
-def _awq(_source: Source, schemes: Mapping[str, Scheme]) -> Layout:
+def _awq(schemes: Mapping[str, Scheme]) -> Layout:
     return Layout(awq.pack, awq.quantization_config(schemes), {})
 
 
-def _modelopt(_source: Source, schemes: Mapping[str, Scheme]) -> Layout:
+def _modelopt(schemes: Mapping[str, Scheme]) -> Layout:
     words = modelopt.hf_quant_config(schemes, lowbit.__version__)
     return Layout(modelopt.pack, modelopt.quantization_config(schemes), {"hf_quant_config.json": words})
 
 
 LAYOUTS = {"gptq": _gptq, "awq": _awq, "modelopt": _modelopt}
-
-
-def _all(source: Source) -> Any:
-    for name in source.schemes:
-        quantized = source.linear(name)
-        assert quantized is not None
-        yield quantized
 
 
 @torch.no_grad()
@@ -68,7 +59,7 @@ def export_directory(checkpoint: Checkpoint, output: Path, layout_name: str, *, 
     net = skeleton(checkpoint)
     source = open_source(net, checkpoint)
     schemes = {n: source.schemes.get(n, Scheme(None)) for n in linears(net)}
-    layout = LAYOUTS[layout_name](source, schemes)
+    layout = LAYOUTS[layout_name](schemes)
     identity = {"export": layout_name, "model": checkpoint.digest}
     work = Work(output, identity, resume=False, force=force)
     blocks = find_blocks(net)

@@ -6,8 +6,8 @@
     g_idx    int32 (in,)                 each input's group
 
 Version 1 ("gptq") stores each zero point minus one, in b bits: a symmetric 4-bit file is full of 0x77777777. A zero
-point of 0 wraps to 2^b - 1 there, and readers disagree about it, so such a file is written as version 2 ("gptq_v2"),
-which stores zero points as they are. Files with activation order and running groups (a g_idx that is not i // size)
+point of 0 wraps to 2^b - 1 there, and readers disagree about it (GPTQModel refuses asymmetric version 1), so files with
+zero points are written as version 2 ("gptq_v2"), which stores them as they are. Files with activation order and running groups (a g_idx that is not i // size)
 are read by giving every column its own scale.
 """
 
@@ -37,12 +37,6 @@ def supports(scheme: Scheme) -> str | None:
     if scheme.activation is not None:
         return "GPTQ files do not describe quantized activations"
     return None if weight.granularity in ("group", "channel") else f"GPTQ files have no scale per {weight.granularity}"
-
-
-def needs_version_2(quantized: QuantizedTensor) -> bool:
-    """Whether a zero point would wrap in version 1."""
-    lowest = -(2 ** (quantized.scheme.bits - 1))
-    return quantized.zero_point is not None and bool((quantized.zero_point == lowest).any())
 
 
 def pack(name: str, quantized: QuantizedTensor, version: int = 1) -> dict[str, Tensor]:
