@@ -8,7 +8,7 @@ blocks of the model are visited in order, each calibrated behind the already qua
 
 import contextlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,32 +16,30 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowbit.algorithms.ggml_gptq import gptq_blocks
 from lowbit.algorithms.ggml_search import search_blocks
 from lowbit.calibration import Calibration
 from lowbit.console import note, track
 from lowbit.errors import InputError, nearest
+from lowbit.exporting.calibrated import Job, enter, line, round_block, round_head, row
 from lowbit.formats import gguf_names as names
-from lowbit.formats.gguf_file import Typed, read_gguf, stored_bytes, write_gguf
+from lowbit.formats.gguf_file import read_gguf, stored_bytes
 from lowbit.formats.gguf_grids import carrier, carry
 from lowbit.formats.gguf_tokens import tokenizer_metadata
-from lowbit.ggml import BlockTensor, BlockType, FloatType, GgmlType, find_type
+from lowbit.formats.gguf_write import Typed, write_gguf
+from lowbit.ggml import BlockTensor, FloatType, GgmlType, find_type
 from lowbit.model.checkpoint import Checkpoint
 from lowbit.model.load import (
     Source,
     compute_dtype,
     load_tokenizer,
     materialize,
-    materialize_outside,
     open_source,
     release,
     skeleton,
 )
-from lowbit.model.lockstep import Walk
-from lowbit.model.walk import Blocks, Entry, capture_entries, find_blocks, input_groups, linears
-from lowbit.pipeline import BATCH, HELD_OUT, find_calibration
+from lowbit.model.walk import Entry, find_blocks
+from lowbit.pipeline import find_calibration
 from lowbit.recipe import Recipe, matches
-from lowbit.rounding import Statistics, one_thread
 
 METHODS = ("gptq", "search")
 DEFAULT_TYPE = "q4_k_m"
@@ -62,16 +60,6 @@ class Request:
     override: tuple[tuple[str, str], ...] = ()
 
 
-@dataclass
-class _Job:
-    net: PreTrainedModel
-    source: Source
-    family: names.Family
-    method: str
-    layout: Mapping[str, tuple[tuple[int, ...], GgmlType]]
-    report: list[dict[str, Any]] = field(default_factory=list)
-
-
 @torch.no_grad()
 def export_gguf(checkpoint: Checkpoint, output: Path, request: Request) -> dict[str, Any]:
     """Write `checkpoint` as the file `output`; returns the part of the `export` document that is about GGUF.
@@ -86,7 +74,7 @@ def export_gguf(checkpoint: Checkpoint, output: Path, request: Request) -> dict[
     tokenizer = load_tokenizer(checkpoint)
     label = request.type or ("f16" if source.schemes else DEFAULT_TYPE)
     metadata = _metadata(checkpoint, net, family, label) | tokenizer_metadata(tokenizer, net.config.vocab_size)
-    job = _Job(net, source, family, method, layout)
+    job = Job(net, source, family, method, layout)
     write_gguf(output, metadata, layout, job_tensors(job, calibration))
     _prove(output, layout)
     linear = [r for r in job.report if r["bits"] is not None]
@@ -191,163 +179,34 @@ def _metadata(checkpoint: Checkpoint, net: Any, family: names.Family, label: str
     }
 
 
-def job_tensors(job: _Job, calibration: Calibration | None) -> Iterator[tuple[str, Tensor | BlockTensor]]:
+def job_tensors(job: Job, calibration: Calibration | None) -> Iterator[tuple[str, Tensor | BlockTensor]]:
     """Every tensor of the layout, block by block, then what is outside the blocks."""
     blocks = find_blocks(job.net)
     dtype = compute_dtype()
     entries: list[Entry] = []
     if calibration is not None:
-        entries = _enter(job, blocks, calibration, dtype)
+        entries = enter(job, blocks, calibration, dtype)
     for index, name in enumerate(track(blocks.names, "exporting blocks", len(blocks.names))):
         done: dict[str, BlockTensor] = {}
         if entries:
             block = materialize(job.net, name, job.source, dtype)
-            done = _round_block(job, block, blocks, index, entries)
+            done = round_block(job, block, blocks, index, entries)
             release(block)
         yield from _tensors(job, [n for n, _ in _parameters(job) if n.startswith(name + ".")], done)
-        note(_line(job, name))
+        note(line(job, name))
     outside = [n for n, _ in _parameters(job) if not n.startswith(blocks.name + ".")]
-    yield from _tensors(job, outside, _round_head(job, blocks, entries, calibration))
+    yield from _tensors(job, outside, round_head(job, blocks, entries, calibration))
     divisors = _divisors(job.net)
     if divisors is not None:
         yield "rope_freqs.weight", divisors
 
 
-def _parameters(job: _Job) -> list[tuple[str, nn.Parameter]]:
+def _parameters(job: Job) -> list[tuple[str, nn.Parameter]]:
     return [(n, p) for n, p in job.net.named_parameters() if n not in job.net.all_tied_weights_keys]
 
 
-def _enter(job: _Job, blocks: Blocks, calibration: Calibration, dtype: torch.dtype) -> list[Entry]:
-    """The batches in front of the first block; one in HELD_OUT judges instead of teaching."""
-    materialize_outside(job.net, blocks, job.source, dtype)
-    materialize(job.net, blocks.names[0], job.source, dtype)
-    entries = capture_entries(job.net, blocks, calibration.tokens.split(BATCH))
-    for entry in entries[len(entries) - max(len(entries) // HELD_OUT, 1 if len(entries) > 1 else 0) :]:
-        entry.held_out = True
-    return entries
-
-
-def _round_block(
-    job: _Job, block: nn.Module, blocks: Blocks, index: int, entries: list[Entry]
-) -> dict[str, BlockTensor]:
-    """The block's linears as block tensors, by full name; the entries move past the quantized block."""
-    name = blocks.names[index]
-    groups = input_groups(block, entries[0], index)
-    walk = Walk(block, index, entries, groups, {}, torch.get_num_threads())
-    done: dict[str, BlockTensor] = {}
-    for k, group in enumerate(groups):
-        modules = {n: linears(block)[n] for n in group.names if type(linears(block)[n]) is nn.Linear}
-        if not modules:
-            continue
-        statistics = Statistics.collect(walk, k, next(iter(modules.values())).in_features)
-        for local, module in modules.items():
-            full = f"{name}.{local}.weight"
-            there = names.gguf_name(job.family, full)
-            kind = job.layout[there][1] if there is not None else None
-            if not isinstance(kind, BlockType):
-                continue
-            done[full] = _round(job, full, kind, statistics)
-            module.weight = nn.Parameter(done[full].dequantize().to(module.weight.dtype), requires_grad=False)
-    for entry, hidden in zip(entries, walk.finish(), strict=True):
-        entry.hidden = hidden
-    return done
-
-
-def _round_head(
-    job: _Job, blocks: Blocks, entries: list[Entry], calibration: Calibration | None
-) -> dict[str, BlockTensor]:
-    """The output head, or the embeddings tied to it, calibrated on what the last block hands on."""
-    head = job.net.get_output_embeddings()
-    tied = bool(job.net.config.tie_word_embeddings)
-    module = job.net.get_input_embeddings() if tied else head
-    full = next(n for n, m in job.net.named_modules() if m is module) + ".weight"
-    kind = job.layout[str(names.gguf_name(job.family, full))][1]
-    if not entries or calibration is None or not isinstance(kind, BlockType):
-        return {}
-    statistics = Statistics.empty(head.in_features)
-    for entry, tokens in zip(entries, calibration.tokens.split(BATCH), strict=True):
-        (statistics.held_out if entry.held_out else statistics.train).update(
-            _head_input(job.net, blocks, entry, tokens)
-        )
-    return {full: _round(job, full, kind, statistics)}
-
-
-class _Reached(Exception):
-    pass
-
-
-def _head_input(net: PreTrainedModel, blocks: Blocks, entry: Entry, tokens: Tensor) -> Tensor:
-    """What the output head receives after the blocks end with entry.hidden."""
-    found: list[Tensor] = []
-
-    def stop(_module: nn.Module, args: tuple[Any, ...]) -> None:
-        found.append(args[0])
-        raise _Reached
-
-    class Give(nn.Module):
-        attention_type = "full_attention"  # some models choose a mask by it
-
-        def forward(self, *_args: Any, **_kwargs: Any) -> Tensor:
-            return entry.hidden
-
-    holder = net.get_submodule(blocks.name)
-    assert isinstance(holder, nn.ModuleList)
-    originals = list(holder)
-    handle = net.get_output_embeddings().register_forward_pre_hook(stop)
-    try:
-        for i in range(len(originals)):
-            holder[i] = Give()
-        with contextlib.suppress(_Reached):
-            net(input_ids=tokens, use_cache=False)
-    finally:
-        handle.remove()
-        for i, block in enumerate(originals):
-            holder[i] = block
-    return found[0]
-
-
-def _round(job: _Job, full: str, kind: BlockType, statistics: Statistics) -> BlockTensor:
-    """One weight by the job's method; what the whole Hessian brought is kept where held-out windows agree."""
-    weight = job.source.checkpoint.get(full).float()
-    hessian = statistics.train.mean()
-    reached = statistics.train.rows > 0
-    found = search_blocks(weight, kind, hessian.diagonal() if reached else None)
-    loss, judged = statistics.loss(weight - found.dequantize())
-    plain, fallback = loss, None if reached else "no calibration token reached this layer: search without weights"
-    if job.method == "gptq" and reached:
-        try:
-            with one_thread():
-                better = gptq_blocks(weight, hessian, kind)
-            mine, mine_judged = statistics.loss(weight - better.dequantize())
-            if judged is None or mine_judged is None or mine_judged <= judged:
-                found, loss = better, mine
-            else:
-                fallback = "worse than search on held-out windows: search"
-        except ValueError as error:
-            fallback = f"{error}: search"
-    job.report.append(_row(full, kind, weight.numel(), loss, plain, fallback))
-    return found
-
-
-def _row(
-    full: str, kind: GgmlType, weights: int, loss: float | None, plain: float | None, fallback: str | None
-) -> dict[str, Any]:
-    name, bits = full.removesuffix(".weight"), kind.bits_per_weight
-    return {
-        "name": name, "type": kind.name, "bits": bits, "weights": weights, "loss": loss, "loss_search": plain,
-        "fallback": fallback,
-    }  # fmt: skip
-
-
-def _line(job: _Job, block: str) -> str:
-    rows = [r for r in job.report if r["name"].startswith(block + ".")]
-    loss, plain = (sum(r[k] for r in rows if r[k] is not None) for k in ("loss", "loss_search"))
-    types = ", ".join(sorted({r["type"] for r in rows})) or "floats"
-    return f"{block}: {types}" + (f", output error {loss / plain:.0%} of search's" if plain else "")
-
-
 def _tensors(
-    job: _Job, parameters: list[str], done: Mapping[str, BlockTensor]
+    job: Job, parameters: list[str], done: Mapping[str, BlockTensor]
 ) -> Iterator[tuple[str, Tensor | BlockTensor]]:
     """Each parameter as it goes into the file, under its name there."""
     for full in parameters:
@@ -361,7 +220,7 @@ def _tensors(
         yield there, tensor
 
 
-def _value(job: _Job, full: str, kind: GgmlType, done: Mapping[str, BlockTensor]) -> Tensor | BlockTensor:
+def _value(job: Job, full: str, kind: GgmlType, done: Mapping[str, BlockTensor]) -> Tensor | BlockTensor:
     linear, source = full.removesuffix(".weight"), job.source
     if full in done:
         return done[full]
@@ -370,7 +229,7 @@ def _value(job: _Job, full: str, kind: GgmlType, done: Mapping[str, BlockTensor]
         assert quantized is not None
         if isinstance(kind, FloatType):
             return quantized.dequantize()
-        job.report.append(_row(full, kind, quantized.codes.numel(), None, None, None))
+        job.report.append(row(full, kind, quantized.codes.numel(), None, None, None))
         return carry(linear, quantized, kind)
     value = source.checkpoint.get(full)
     if _is_conv1d(job.net, full):
@@ -379,7 +238,7 @@ def _value(job: _Job, full: str, kind: GgmlType, done: Mapping[str, BlockTensor]
         value = value.float() + job.family.norm_offset
     if isinstance(kind, FloatType):
         return value
-    job.report.append(_row(full, kind, value.numel(), None, None, None))
+    job.report.append(row(full, kind, value.numel(), None, None, None))
     return search_blocks(value, kind, None)
 
 

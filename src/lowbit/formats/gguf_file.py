@@ -12,8 +12,6 @@ hostile file costs no more memory than a small multiple of its own size.
 import itertools
 import mmap
 import os
-import struct
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +21,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import InputError
-from lowbit.formats.gguf_blocks import Bytes, pack, unpack
+from lowbit.formats.gguf_blocks import unpack
 from lowbit.ggml import BY_ID, BlockTensor, FloatType, GgmlType
 
 MAGIC = b"GGUF"
@@ -31,11 +29,8 @@ VERSION = 3
 ALIGNMENT = 32
 _MAX_DIMENSIONS = 4
 _MAX_NAME = 64 * 1024
-_STRING, _ARRAY, _BOOL = 8, 9, 7
-_NUMBERS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 10: "<u8", 11: "<i8", 12: "<f8"}
-_CODES = {"u8": 0, "u32": 4, "i32": 5, "f32": 6, "bool": 7, "str": 8, "u64": 10}
-
-Typed = tuple[str, Any]  # ("u32", 5), ("str", "llama"), ("array:i32", [1, 2])
+STRING, ARRAY, BOOL = 8, 9, 7
+NUMBERS = {0: "<u1", 1: "<i1", 2: "<u2", 3: "<i2", 4: "<u4", 5: "<i4", 6: "<f4", 10: "<u8", 11: "<i8", 12: "<f8"}
 
 
 @dataclass(frozen=True)
@@ -101,92 +96,6 @@ def stored_bytes(shape: tuple[int, ...], kind: GgmlType) -> int:
     return count // kind.block * kind.nbytes
 
 
-# Writing
-
-
-def write_gguf(
-    path: Path,
-    metadata: Mapping[str, Typed],
-    layout: Mapping[str, tuple[tuple[int, ...], GgmlType]],
-    data: Iterable[tuple[str, Tensor | BlockTensor]],
-) -> None:
-    """Write a file whose tensors (name -> shape with out first, type) come one at a time, in any order.
-
-    The file gets its name when it is whole and on the disk. Raises ValueError if `data` and `layout` disagree.
-    """
-    head = _header(metadata, layout)
-    offsets, end = {}, 0
-    for name, (shape, kind) in layout.items():
-        offsets[name] = len(head) + end
-        end += -(-stored_bytes(shape, kind) // ALIGNMENT) * ALIGNMENT
-    temporary = path.with_name(path.name + ".partial")
-    missing = set(layout)
-    with temporary.open("wb") as file:
-        file.write(head)
-        file.truncate(len(head) + end)
-        for name, tensor in data:
-            shape, kind = layout[name]
-            raw = encode(tensor, kind)
-            if name not in missing or raw.nbytes != stored_bytes(shape, kind):
-                raise ValueError(f"{name}: {raw.nbytes} bytes for {kind.name} {shape}")
-            missing.remove(name)
-            file.seek(offsets[name])
-            file.write(raw.data)
-        if missing:
-            raise ValueError(f"no data for {sorted(missing)[:3]}")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def encode(tensor: Tensor | BlockTensor, kind: GgmlType) -> Bytes:
-    """The bytes of a tensor as `kind`, flat."""
-    if isinstance(tensor, BlockTensor):
-        if tensor.type is not kind:
-            raise ValueError(f"{tensor.type.name} where {kind.name} was announced")
-        return pack(tensor).reshape(-1)
-    if not isinstance(kind, FloatType):
-        raise ValueError(f"floats where {kind.name} was announced")
-    raw: Bytes = tensor.to(kind.dtype).contiguous().reshape(-1).view(torch.uint8).numpy()
-    return raw
-
-
-def _header(metadata: Mapping[str, Typed], layout: Mapping[str, tuple[tuple[int, ...], GgmlType]]) -> bytes:
-    parts = [MAGIC, struct.pack("<IQQ", VERSION, len(layout), len(metadata))]
-    for key, (kind, value) in metadata.items():
-        parts += [_string(key), _typed(kind, value)]
-    end = 0
-    for name, (shape, ggml_type) in layout.items():
-        sizes = struct.pack(f"<I{len(shape)}Q", len(shape), *reversed(shape))
-        parts += [_string(name), sizes, struct.pack("<IQ", ggml_type.id, end)]
-        end += -(-stored_bytes(shape, ggml_type) // ALIGNMENT) * ALIGNMENT
-    head = b"".join(parts)
-    return head + bytes(-len(head) % ALIGNMENT)
-
-
-def _string(text: str | bytes) -> bytes:
-    data = text if isinstance(text, bytes) else text.encode()
-    return struct.pack("<Q", len(data)) + data
-
-
-def _typed(kind: str, value: Any) -> bytes:
-    if kind.startswith("array:"):
-        item = kind.removeprefix("array:")
-        head = struct.pack("<IIQ", _ARRAY, _CODES[item], len(value))
-        if item == "str":
-            return head + b"".join(map(_string, value))
-        return head + np.asarray(value, dtype=_NUMBERS[_CODES[item]]).tobytes()
-    head = struct.pack("<I", _CODES[kind])
-    if kind == "str":
-        return head + _string(value)
-    if kind == "bool":
-        return head + struct.pack("<?", value)
-    return head + np.asarray(value, dtype=_NUMBERS[_CODES[kind]]).tobytes()
-
-
-# Reading
-
-
 class _Cursor:
     """A position in the file's bytes that cannot leave them."""
 
@@ -227,22 +136,22 @@ class _Cursor:
 
     def value(self, key: str) -> Any:
         kind = self.number("<u4", f"the type of {key!r}")
-        if kind == _STRING:
+        if kind == STRING:
             return self.string(f"the value of {key!r}")
-        if kind == _BOOL:
+        if kind == BOOL:
             return bool(self.number("<u1", key))
-        if kind == _ARRAY:
+        if kind == ARRAY:
             return self.array(key)
-        if kind not in _NUMBERS:
+        if kind not in NUMBERS:
             raise InputError(f"{self.path}: {key!r} has the unknown value type {kind}.")
-        return self.number(_NUMBERS[kind], f"the value of {key!r}")
+        return self.number(NUMBERS[kind], f"the value of {key!r}")
 
     def array(self, key: str) -> Any:
         kind = self.number("<u4", f"the item type of {key!r}")
-        if kind == _STRING:
+        if kind == STRING:
             return [self.text(key) for _ in range(self.count(8, f"items in {key!r}"))]
-        if kind == _BOOL or kind in _NUMBERS:
-            dtype = np.dtype(_NUMBERS.get(kind, "?"))
+        if kind == BOOL or kind in NUMBERS:
+            dtype = np.dtype(NUMBERS.get(kind, "?"))
             count = self.count(dtype.itemsize, f"items in {key!r}")
             return np.frombuffer(self.take(count * dtype.itemsize, key), dtype)
         raise InputError(f"{self.path}: {key!r} is an array of type {kind}; only numbers and strings are read.")

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import InputError
-from lowbit.formats.gguf_file import Typed
+from lowbit.formats.gguf_write import Typed
 from lowbit.ggml import F16, GgmlType, find_type
 
 _LLAMA = {

@@ -9,7 +9,7 @@ import json
 from typing import Any
 
 from lowbit.errors import InputError
-from lowbit.formats.gguf_file import Typed
+from lowbit.formats.gguf_write import Typed
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER, _UNUSED, _BYTE = 1, 2, 3, 4, 5, 6
 # What follows the contractions in the splitting expressions of tokenizer.json, and llama.cpp's name for each.

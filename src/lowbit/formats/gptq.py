@@ -7,8 +7,8 @@
 
 Version 1 ("gptq") stores each zero point minus one, in b bits: a symmetric 4-bit file is full of 0x77777777. A zero
 point of 0 wraps to 2^b - 1 there, and readers disagree about it (GPTQModel refuses asymmetric version 1), so files with
-zero points are written as version 2 ("gptq_v2"), which stores them as they are. Files with activation order and running groups (a g_idx that is not i // size)
-are read by giving every column its own scale.
+zero points are written as version 2 ("gptq_v2"), which stores them as they are. Files with activation order and running
+groups (a g_idx that is not i // size) are read by giving every column its own scale.
 """
 
 from collections.abc import Callable, Iterable, Mapping

@@ -7,7 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from lowbit.errors import InputError
-from lowbit.formats import awq, compressed_tensors, gptq, modelopt
+from lowbit.formats import awq, compressed_tensors, gguf_model, gptq, modelopt
 from lowbit.scheme import Scheme
 from lowbit.tensor import QuantizedTensor
 
@@ -30,6 +30,7 @@ READERS = {
     "gptq": Reader(gptq.read_schemes, gptq.unpack),
     "awq": Reader(awq.read_schemes, awq.unpack),
     "modelopt": Reader(modelopt.read_schemes, modelopt.unpack),
+    "gguf": Reader(gguf_model.read_schemes, gguf_model.unpack),
 }
 
 

@@ -1,7 +1,7 @@
 """Checkpoints on disk: open a model directory, check it, read one tensor at a time.
 
-A model is named by a Hugging Face directory, a hub id (`org/name`, fetched when online), or the word `demo` (the
-small model that comes with the package). Only safetensors are read: a pickle can run code.
+A model is named by a Hugging Face directory, a hub id (`org/name`, fetched when online), a GGUF file, or the word
+`demo` (the small model that comes with the package). No pickle is read: it can run code.
 """
 
 import hashlib
@@ -18,6 +18,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lowbit.errors import InputError
+from lowbit.formats.gguf_file import read_gguf
+from lowbit.formats.gguf_model import GGUFModel, open_model
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
 INDEX = "model.safetensors.index.json"
@@ -44,6 +46,7 @@ class Checkpoint:
     path: Path
     config: dict[str, Any]
     tensors: dict[str, TensorInfo] = field(repr=False)
+    gguf: GGUFModel | None = field(default=None, repr=False)  # for a GGUF file, where tensors come from
 
     @property
     def nbytes(self) -> int:
@@ -61,6 +64,8 @@ class Checkpoint:
     @cached_property
     def quantization(self) -> dict[str, Any] | None:
         """How the weights are quantized, in the words of the tool that did it; None for an ordinary model."""
+        if self.gguf is not None:
+            return {"quant_method": "gguf", "bits": self.gguf.bits}
         config = self.config.get("quantization_config")
         for file, method in _QUANTIZATION_FILES.items():  # older GPTQ and ModelOpt files say it here only
             if config is None and (self.path / file).exists():
@@ -75,6 +80,8 @@ class Checkpoint:
 
     def get(self, name: str) -> Tensor:
         """One tensor, copied out of its shard. Raises InputError if it is unreadable or not finite."""
+        if self.gguf is not None:
+            return self.gguf.get(name)
         info = self.tensors[name]
         try:
             with safe_open(self.path / info.shard, framework="pt") as shard:
@@ -101,7 +108,7 @@ class Checkpoint:
     def digest(self) -> str:
         """SHA-256 over the weights' and the config's bytes: what 'the same model' means for resuming."""
         total = hashlib.sha256()
-        for file in ["config.json", *self.shards]:
+        for file in ["config.json", *self.shards] if self.gguf is None else [""]:
             with (self.path / file).open("rb") as stream:
                 total.update(hashlib.file_digest(stream, "sha256").digest())
         return total.hexdigest()
@@ -110,6 +117,8 @@ class Checkpoint:
 def open_checkpoint(model: str | Path) -> Checkpoint:
     """Open the model that `model` names. Raises InputError, in one paragraph, for everything wrong with it."""
     name = str(model)
+    if name.endswith(".gguf"):
+        return _open_gguf(name)
     path = _locate(name)
     config = _read_config(path)
     shards = _shard_files(path)
@@ -131,6 +140,15 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     if not tensors:
         raise InputError(f"{path}: the safetensors files hold no tensors.")
     return Checkpoint(name, path, config, tensors)
+
+
+def _open_gguf(name: str) -> Checkpoint:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise InputError(f"{name}: no such file.")
+    model = open_model(read_gguf(path))
+    tensors = {n: TensorInfo(path.name, dtype, shape, size) for n, (_, dtype, shape, size) in model.places.items()}
+    return Checkpoint(name, path, model.config, tensors, model)
 
 
 def _locate(name: str) -> Path:

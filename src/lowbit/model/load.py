@@ -176,6 +176,11 @@ def quiet_transformers() -> Iterator[None]:
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The model's tokenizer. Raises InputError if there is none that can be read."""
+    if checkpoint.gguf is not None:
+        raise InputError(
+            f"{checkpoint.name}: lowbit does not read tokenizers from GGUF files; name the model that it was made from "
+            "(evaluate: --against)."
+        )
     if not any(
         (checkpoint.path / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
     ):
