@@ -195,7 +195,7 @@ def test_damaged_gptq_tensors_are_refused(tiny: Path, tmp_path: Path) -> None:
     scheme, config = Scheme.parse("w4a16-g32"), {"checkpoint_format": "gptq"}
     for part, damage in (("scales", lambda t: t[:, :-1]), ("qzeros", lambda t: t[:-1]), ("qzeros", lambda t: t + 1)):
         bad = good | {f"{NAME}.{part}": damage(good[f"{NAME}.{part}"])}
-        with pytest.raises(InputError, match="belong together|sym"):
+        with pytest.raises(InputError, match=r"belong together|sym"):
             gptq.unpack(NAME, bad.__getitem__, scheme, config)
     with pytest.raises(InputError, match="marlin"):
         gptq.checkpoint_format({"checkpoint_format": "marlin"})

@@ -119,9 +119,8 @@ def _config(file: GGUFFile) -> dict[str, Any]:
 def _rope(file: GGUFFile, architecture: str) -> dict[str, Any]:
     theta = float(file.metadata.get(f"{architecture}.rope.freq_base", 10000.0))
     plain = {"rope_type": "default", "rope_theta": theta}
-    width, rotated = (
-        file.metadata.get(f"{architecture}.{k}") for k in ("attention.key_length", "rope.dimension_count")
-    )
+    width = file.metadata.get(f"{architecture}.attention.key_length")
+    rotated = file.metadata.get(f"{architecture}.rope.dimension_count")
     if isinstance(width, int) and isinstance(rotated, int) and rotated < width:
         raise InputError(f"{file.path}: only {rotated} of {width} values a head are rotated; lowbit cannot read that.")
     scaling = file.metadata.get(f"{architecture}.rope.scaling.type", "none")
