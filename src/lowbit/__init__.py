@@ -15,6 +15,7 @@ _HOME = {  # public name -> the module that defines it
     "evaluate": "lowbit.accuracy",
     "bench": "lowbit.speed",
     "tune": "lowbit.tuning",
+    "export": "lowbit.exporting",
     "load": "lowbit.runtime.engine",
     "SamplingParams": "lowbit.runtime.sampling",
     "Scheduler": "lowbit.runtime.scheduler",

@@ -61,11 +61,8 @@ def finish_directory(
     with disk_errors(work.path):
         config = checkpoint.config | {"quantization_config": quantization_config}
         write_json(work.path / "config.json", config)
-        write_json(work.path / INDEX, _index(work.path))
-        for pattern in (*_COPIED, *(("*.py",) if checkpoint.trust_remote_code else ())):
-            for file in checkpoint.path.glob(pattern):
-                if file.is_file():
-                    shutil.copyfile(file, work.path / file.name)
+        write_json(work.path / INDEX, index_of(work.path))
+        copy_small_files(checkpoint, work.path)
         manifest = {
             "lowbit_version": lowbit.__version__,
             "model": {"name": checkpoint.name, "digest": checkpoint.digest},
@@ -89,7 +86,16 @@ def named_twice(schemes: Mapping[str, Scheme], checkpoint: Checkpoint) -> dict[s
     return stored | dict(schemes)
 
 
-def _index(path: Path) -> dict[str, Any]:
+def copy_small_files(checkpoint: Checkpoint, target: Path) -> None:
+    """Tokenizer, chat template, generation settings, licence: as the model has them."""
+    for pattern in (*_COPIED, *(("*.py",) if checkpoint.trust_remote_code else ())):
+        for file in checkpoint.path.glob(pattern):
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)
+
+
+def index_of(path: Path) -> dict[str, Any]:
+    """The index of the shards in a directory, from their headers."""
     weight_map, total = {}, 0
     for shard in sorted(path.glob("model-*.safetensors")):
         with shard.open("rb") as stream:

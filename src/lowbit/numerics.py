@@ -194,6 +194,15 @@ def storable(step: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
+def half_scale(name: str, scale: Tensor) -> Tensor:
+    """A scale as half precision, for formats that store no other. Exact for bfloat16 scales from 2^-17 up; below, the
+    weights move by less than 2^-25 a code. Raises InputError where it would overflow."""
+    half = scale.to(torch.float16)
+    if not bool(torch.isfinite(half).all()):
+        raise InputError(f"{name}: scales up to {float(scale.abs().max()):.3g} exceed half precision's 65504.")
+    return half
+
+
 def choose_qparams(
     x: Tensor, scheme: TensorScheme, scale_dtype: torch.dtype = torch.bfloat16
 ) -> tuple[Tensor, Tensor | None]:

@@ -6,7 +6,8 @@ from lowbit.algorithms.quip import QuipSettings, quip
 from lowbit.algorithms.rtn import rtn
 from lowbit.errors import InputError
 from lowbit.formats import native
-from lowbit.formats.choose import FORMATS, format_for, format_of_config
+from lowbit.formats.choose import FORMATS, format_for
+from lowbit.formats.readers import find_reader
 from lowbit.scheme import Scheme
 from lowbit.tensor import QuantizedTensor
 
@@ -106,5 +107,5 @@ def test_the_standard_format_is_chosen_wherever_it_can_say_it() -> None:
     assert format_for([Scheme.parse("w4a16"), Scheme.parse("nvfp4")], own_layout=False) is standard
     assert format_for([Scheme.parse("w4a16"), Scheme.parse("any4")], own_layout=False) is own
     assert format_for([Scheme.parse("w4a16")], own_layout=True) is own
-    with pytest.raises(InputError, match="already quantized by 'gptq'; lowbit reads compressed-tensors and lowbit"):
-        format_of_config({"quant_method": "gptq"})
+    with pytest.raises(InputError, match="already quantized by 'bitsandbytes'; lowbit reads compressed-tensors, lowbit, gptq"):
+        find_reader({"quant_method": "bitsandbytes"})

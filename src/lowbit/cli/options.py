@@ -132,6 +132,17 @@ def seconds(text: str | None, option: str) -> float | None:
     return float(found[1]) * {"us": 1e-6, "ms": 1e-3, "s": 1.0, "": 1.0, "min": 60.0, "h": 3600.0}[found[2]]
 
 
+def pairs(items: list[str], option: str, form: str) -> tuple[tuple[str, str], ...]:
+    """['a=b', ...] -> (('a', 'b'), ...)."""
+    found = []
+    for item in items:
+        key, equals, value = item.partition("=")
+        if not (key and equals and value):
+            raise InputError(f"{option} {item}: expected {form}.")
+        found.append((key, value))
+    return tuple(found)
+
+
 def size(text: str | None, option: str) -> int | None:
     """'4GB', '500MB', '2GiB' or plain bytes -> bytes."""
     if text is None:

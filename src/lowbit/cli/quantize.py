@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from lowbit.cli.options import Json, Quiet, Trust, Verbose, begin, finish, megabytes, percent, size
+from lowbit.cli.options import Json, Quiet, Trust, Verbose, begin, finish, megabytes, pairs, percent, size
 from lowbit.errors import InputError, QualityGateError
 
 
@@ -60,8 +60,8 @@ def quantize(
         "seq_len": seq_len,
         "seed": seed,
         "ignore": tuple(ignore) if ignore else None,
-        "override": _pairs(override, "--override", "GLOB=SCHEME") if override else None,
-        "set": _pairs(set_, "--set", "KEY=VALUE") if set_ else None,
+        "override": pairs(override, "--override", "GLOB=SCHEME") if override else None,
+        "set": pairs(set_, "--set", "KEY=VALUE") if set_ else None,
     }
     words |= {k: v for k, v in given.items() if v is not None}
     memory = size(max_memory, "--max-memory")
@@ -78,16 +78,6 @@ def quantize(
             f"had no usable calibration data and are round-to-nearest, the first is {starved[0]}. What was made stays. "
             "Give more or broader --calibration text (--samples), or accept it with a higher --max-unreached."
         )
-
-
-def _pairs(items: list[str], option: str, form: str) -> tuple[tuple[str, str], ...]:
-    pairs = []
-    for item in items:
-        key, equals, value = item.partition("=")
-        if not (key and equals and value):
-            raise InputError(f"{option} {item}: expected {form}.")
-        pairs.append((key, value))
-    return tuple(pairs)
 
 
 def prediction(predicted: dict[str, Any]) -> str:

@@ -1,7 +1,7 @@
 """Checkpoints on disk: open a model directory, check it, read one tensor at a time.
 
-A model is named by a Hugging Face directory, a hub id (`org/name`, fetched when online), or the word `demo` (the
-small model that comes with the package). Only safetensors are read: a pickle can run code.
+A model is named by a Hugging Face directory, a hub id (`org/name`, fetched when online), a GGUF file, or the word
+`demo` (the small model that comes with the package). No pickle is read: it can run code.
 """
 
 import hashlib
@@ -20,6 +20,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from lowbit.errors import InputError
+from lowbit.formats.gguf_file import read_gguf
+from lowbit.formats.gguf_model import GGUFModel, open_model
 from lowbit.shards import Later, read_tensor
 
 DEMO = Path(__file__).resolve().parent.parent / "demo"
@@ -27,6 +29,7 @@ INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 TRUST = "LOWBIT_TRUST_REMOTE_CODE"
 FLOAT_TYPES = {"F64", "F32", "F16", "BF16"}
+_QUANTIZATION_FILES = {"quantize_config.json": "gptq", "hf_quant_config.json": "modelopt"}
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class Checkpoint:
     stored: Mapping[str, str] = field(default_factory=dict, repr=False)
     stored_modules: Mapping[str, str] = field(default_factory=dict, repr=False)
     transposed: frozenset[str] = field(default=frozenset(), repr=False)  # weights (out, in) that lie there as (in, out)
+    gguf: GGUFModel | None = field(default=None, repr=False)  # for a GGUF file, where tensors come from
 
     @property
     def nbytes(self) -> int:
@@ -67,9 +71,17 @@ class Checkpoint:
         largest = max((d for d in sizes if d in FLOAT_TYPES), key=lambda d: sizes[d], default="BF16")
         return {"F16": torch.float16, "BF16": torch.bfloat16}.get(largest, torch.float32)
 
-    @property
+    @cached_property
     def quantization(self) -> dict[str, Any] | None:
-        config: dict[str, Any] | None = self.config.get("quantization_config")
+        """How the weights are quantized, in the words of the tool that did it; None for an ordinary model."""
+        if self.gguf is not None:
+            return {"quant_method": "gguf", "bits": self.gguf.bits}
+        config = self.config.get("quantization_config")
+        for file, method in _QUANTIZATION_FILES.items():  # older GPTQ and ModelOpt files say it here only
+            if config is None and (self.path / file).exists():
+                config = {"quant_method": method} | _read_object(self.path / file)
+        if config is not None and not isinstance(config, dict):
+            raise InputError(f"{self.path / 'config.json'}: quantization_config is no object.")
         return config
 
     @property
@@ -113,6 +125,8 @@ class Checkpoint:
 
     def as_stored(self, name: str) -> Tensor:
         """`get`, but a transposed weight as it lies in the file."""
+        if self.gguf is not None:
+            return self.gguf.get(name)
         info = self.tensors[name]
         try:
             shape = info.shape[::-1] if name in self.transposed else info.shape
@@ -131,6 +145,8 @@ class Checkpoint:
 
     def mapped(self, name: str) -> Tensor:
         """One tensor as a view of its file: pages come into memory when they are read. Not to be written to."""
+        if self.gguf is not None:
+            return self.gguf.get(name)
         info = self.tensors[name]
         try:
             with safe_open(self.path / info.shard, framework="pt") as shard:
@@ -149,7 +165,7 @@ class Checkpoint:
     def digest(self) -> str:
         """SHA-256 over the weights' and the config's bytes: what 'the same model' means for resuming."""
         total = hashlib.sha256()
-        for file in ["config.json", *self.shards]:
+        for file in ["config.json", *self.shards] if self.gguf is None else [""]:
             with (self.path / file).open("rb") as stream:
                 total.update(hashlib.file_digest(stream, "sha256").digest())
         return total.hexdigest()
@@ -162,6 +178,8 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     --trust-remote-code sets, so that processes started from here see it too.
     """
     name = str(model)
+    if name.endswith(".gguf"):
+        return _open_gguf(name)
     path = _locate(name)
     config = _read_config(path)
     shards = _shard_files(path)
@@ -183,6 +201,15 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     if not tensors:
         raise InputError(f"{path}: the safetensors files hold no tensors.")
     return Checkpoint(name, path, config, tensors, os.environ.get(TRUST) == "1")
+
+
+def _open_gguf(name: str) -> Checkpoint:
+    path = Path(name).expanduser()
+    if not path.is_file():
+        raise InputError(f"{name}: no such file.")
+    model = open_model(read_gguf(path))
+    tensors = {n: TensorInfo(path.name, dtype, shape, size, 0) for n, (_, dtype, shape, size) in model.places.items()}
+    return Checkpoint(name, path, model.config, tensors, gguf=model)
 
 
 def _locate(name: str) -> Path:
@@ -227,6 +254,10 @@ def _read_config(path: Path) -> dict[str, Any]:
     file = path / "config.json"
     if not file.exists():
         raise InputError(f"{path}: there is no config.json, so this is not a Hugging Face model directory.")
+    return _read_object(file)
+
+
+def _read_object(file: Path) -> dict[str, Any]:
     config = _read_json(file)
     if not isinstance(config, dict):
         raise InputError(f"{file}: expected a JSON object, got {type(config).__name__}.")

@@ -15,7 +15,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoT
 from transformers.utils import logging as hf_logging
 
 from lowbit.errors import InputError
-from lowbit.formats.choose import FORMATS, Format, format_of_config
+from lowbit.formats.readers import find_reader
 from lowbit.model.checkpoint import FLOAT_TYPES, Checkpoint
 from lowbit.model.linearize import linearize
 from lowbit.model.names import stored_names, under_model_names
@@ -105,8 +105,8 @@ def compute_buffers(model: PreTrainedModel) -> None:
 
 def check_names(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Raise InputError if the files and the architecture disagree about a parameter's name or shape."""
-    quantized = bool(checkpoint.quantization)
-    stored = {name.removesuffix("_packed") if quantized else name for name in checkpoint.tensors}
+    suffix = r"\.(weight_packed|qweight)$" if checkpoint.quantization else r"$^"
+    stored = {re.sub(suffix, ".weight", name) for name in checkpoint.tensors}
     tied = set(model.all_tied_weights_keys)
     missing = [n for n, _ in model.named_parameters() if n not in stored and n not in tied]
     if missing:
@@ -122,7 +122,7 @@ def check_names(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
         )
     for name, parameter in model.named_parameters():
         info = checkpoint.tensors.get(name)
-        if info is not None and not quantized and info.dtype not in FLOAT_TYPES:
+        if info is not None and not checkpoint.quantization and info.dtype not in FLOAT_TYPES:
             raise InputError(
                 f"{checkpoint.path}: {name!r} is stored as {info.dtype} in {info.shard}, and config.json has no "
                 "quantization_config that says what its values mean."
@@ -154,7 +154,6 @@ class Source:
 
     checkpoint: Checkpoint
     schemes: Mapping[str, Scheme]
-    layout: Format = FORMATS["compressed-tensors"]
 
     @property
     def rotated(self) -> bool:
@@ -163,7 +162,10 @@ class Source:
 
     def linear(self, name: str) -> QuantizedTensor | None:
         """The quantized weight of linear `name`, or None if it is stored as it was."""
-        return self.layout.unpack(name, self.checkpoint.get, self.schemes[name]) if name in self.schemes else None
+        config = self.checkpoint.quantization
+        if name not in self.schemes or config is None:
+            return None
+        return find_reader(config).unpack(name, self.checkpoint.get, self.schemes[name], config)
 
 
 def open_source(model: PreTrainedModel, checkpoint: Checkpoint) -> Source:
@@ -172,12 +174,13 @@ def open_source(model: PreTrainedModel, checkpoint: Checkpoint) -> Source:
     config = checkpoint.quantization
     if not config:
         return Source(checkpoint, {})
-    layout = format_of_config(config)
     linears = {checkpoint.stored_module(n): n for n, m in model.named_modules() if isinstance(m, nn.Linear)}
     embeddings = {checkpoint.stored_module(n): n for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
-    names = linears | embeddings
-    schemes = layout.read_schemes(config, list(linears), list(embeddings))
-    return Source(checkpoint, {names[n]: scheme for n, scheme in schemes.items()}, layout)
+    tensors = {checkpoint.stored_tensor(t): t for t in checkpoint.tensors}
+    schemes = find_reader(config).schemes(
+        config, list(linears), list(embeddings), tensors, lambda t: checkpoint.get(tensors[t])
+    )
+    return Source(checkpoint, {(linears | embeddings)[n]: scheme for n, scheme in schemes.items()})
 
 
 def materialize(model: nn.Module, name: str, source: Source, dtype: torch.dtype) -> nn.Module:
@@ -237,6 +240,11 @@ def quiet_transformers() -> Iterator[None]:
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The model's tokenizer. Raises InputError if there is none that can be read."""
+    if checkpoint.gguf is not None:
+        raise InputError(
+            f"{checkpoint.name}: lowbit does not read tokenizers from GGUF files; name the model that it was made from "
+            "(evaluate: --against)."
+        )
     if not any(
         (checkpoint.path / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
     ):

@@ -1,0 +1,88 @@
+"""export: a model in another project's format. The scheme is checked against the format before any work.
+
+Adding a format: a file in formats/ with `supports`, `pack`, `unpack` and its config; one line here and in
+exporting/directory.py; one in formats/readers.py, so that such directories can be evaluated; a row in docs/formats.md.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from lowbit.errors import InputError, nearest
+from lowbit.exporting.directory import export_directory
+from lowbit.exporting.gguf import Request, export_gguf
+from lowbit.formats import awq, gguf_grids, gptq, modelopt
+from lowbit.model.checkpoint import Checkpoint, open_checkpoint
+from lowbit.model.load import open_source, skeleton
+from lowbit.scheme import Scheme
+
+__all__ = ["FORMATS", "Request", "export"]
+
+# format -> why it cannot hold a scheme, or None
+FORMATS: dict[str, Callable[[Scheme], str | None]] = {
+    "gguf": gguf_grids.supports,
+    "gptq": gptq.supports,
+    "awq": awq.supports,
+    "modelopt": modelopt.supports,
+}
+
+
+def export(
+    model: str | Path,
+    output: str | Path,
+    format: str,
+    request: Request | None = None,
+    *,
+    force: bool = False,
+    **words: Any,
+) -> dict[str, Any]:
+    """Write `model` to `output` in a format of FORMATS; returns the `export` document.
+
+    `gguf` also quantizes full-precision models, as `request` (or its words) says; the other formats carry over what
+    `lowbit quantize` made. Raises InputError for a scheme the format cannot hold, naming the formats that can.
+    """
+    if format not in FORMATS:
+        raise InputError(f"unknown format {format!r}. {nearest(format, FORMATS)}")
+    request = replace(request or Request(), **words)
+    target = Path(output)
+    checkpoint = open_checkpoint(model)
+    if checkpoint.gguf is not None:
+        raise InputError(f"{checkpoint.name}: is a GGUF file; export the model that it was made from.")
+    _check_scheme(checkpoint, format)
+    head = {"model": checkpoint.name, "output": str(target), "format": format}
+    if format == "gguf":
+        _check_file(target, force=force)
+        return head | export_gguf(checkpoint, target, request)
+    if request != Request():
+        raise InputError(
+            f"--type, --method and calibration are for --format gguf; {format} carries over what is there."
+        )
+    return head | export_directory(checkpoint, target, format, force=force)
+
+
+def _check_scheme(checkpoint: Checkpoint, format: str) -> None:
+    schemes = open_source(skeleton(checkpoint), checkpoint).schemes
+    if not schemes and format != "gguf":
+        raise InputError(
+            f"{checkpoint.name}: not quantized, so there is nothing to carry over to {format}. First: lowbit quantize "
+            f"{checkpoint.name} -o OUT --scheme ...; then export OUT."
+        )
+    for name, scheme in schemes.items():
+        reason = FORMATS[format](scheme)
+        if reason is not None:
+            others = [f for f, supports in FORMATS.items() if supports(scheme) is None]
+            instead = f"Formats that can: {', '.join(others)}" if others else "No export format can"
+            raise InputError(
+                f"{name} is {scheme}, which {format} cannot carry: {reason}. {instead}; the directory itself is in "
+                f"compressed-tensors, which vLLM and transformers load."
+            )
+
+
+def _check_file(path: Path, *, force: bool) -> None:
+    if path.is_dir():
+        raise InputError(f"{path}: is a directory; give the name of a .gguf file to make.")
+    if path.exists() and not force:
+        raise InputError(f"{path}: exists. Give another name, or replace it with --force.")
+    if not path.absolute().parent.is_dir():
+        raise InputError(f"{path}: the directory {path.absolute().parent} does not exist.")
