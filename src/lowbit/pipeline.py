@@ -43,6 +43,7 @@ from lowbit.model.stream import probe
 from lowbit.model.walk import Blocks, Entry, capture_entries, find_blocks, input_groups, linears
 from lowbit.preflight import Plan, check_disk, make_plan
 from lowbit.recipe import Recipe
+from lowbit.repair import repair
 from lowbit.rounding import UNREACHED, Rounded, Statistics, round_linears
 from lowbit.scheme import Scheme, TensorScheme
 from lowbit.shards import Later, read_tensor
@@ -136,8 +137,10 @@ class _Job:
             if report is None:
                 rounded = self._round_block(block, index, entries)
                 report = self._write(shard, name, rounded)
-            elif entries:
-                self._replay(block, index, entries, shard)
+            else:
+                self.plan.schemes.update({r["name"]: Scheme.parse(r["scheme"]) for r in report})
+                if entries:
+                    self._replay(block, index, entries, shard)
             release(block)
             give_back(thoroughly=self.frugal)
             layers += report
@@ -189,7 +192,12 @@ class _Job:
         checkpoint = self.source.checkpoint
         weights = {f"{name}.{n}": checkpoint.get(f"{name}.{n}.weight") for n in same}
         results = round_linears(weights, scheme, statistics, self.recipe, checkpoint.dtype)
-        by_local = {n: results[f"{name}.{n}"] for n in same}
+        by_local = {}
+        for n in same:
+            full = f"{name}.{n}"
+            by_local[n], self.plan.schemes[full] = repair(
+                full, weights[full], scheme, statistics, self.recipe, checkpoint.dtype, results[full]
+            )
         for local, result in by_local.items():
             _put(block, local, result.quantized.dequantize(linears(block)[local].weight.dtype))
         return by_local

@@ -103,12 +103,14 @@ def round_linears(
     rounded = {}
     for (name, weight), mine, theirs in parts:
         chosen, reason = mine, fallback
-        loss = loss_rtn = None
+        loss = loss_rtn = relative = None
         if statistics is not None and statistics.train.rows:
             loss, held_out = statistics.loss(weight.float() - mine.dequantize())
             loss_rtn, held_out_rtn = statistics.loss(weight.float() - theirs.dequantize())
             if reason is None and held_out is not None and held_out_rtn is not None and held_out > held_out_rtn:
                 chosen, reason, loss = theirs, f"{WORSE}: rtn", loss_rtn
+            signal, _ = statistics.loss(weight)
+            relative = (loss / signal) ** 0.5 if signal > 0 else 0.0
         report = {
             "name": name,
             "scheme": str(scheme),
@@ -116,6 +118,7 @@ def round_linears(
             "weights": chosen.codes.numel(),
             "loss_rtn": loss_rtn,
             "loss": loss,
+            "relative_error": relative,
             "seconds": (time.perf_counter() - started) / len(sizes),
             "fallback": reason,
         }
