@@ -1,6 +1,7 @@
 """Streaming: a model larger than the process may hold is quantized, to the same bytes."""
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -42,7 +43,9 @@ def quantize_limited(
 ) -> subprocess.CompletedProcess[str]:
     """In a process of its own that may allocate `headroom` bytes above what quantizing `small` took (0: any number)."""
     command = [sys.executable, "-c", LIMITED, str(model), str(out), str(headroom), json.dumps(words), str(small)]
-    return subprocess.run(command, capture_output=True, text=True, check=False)
+    # the C library would otherwise keep what finished threads allocated, for the next one: not memory in use
+    exact = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | exact)
 
 
 def shards(path: Path) -> dict[str, bytes]:
@@ -53,11 +56,11 @@ def shards(path: Path) -> dict[str, bytes]:
 def test_a_model_larger_than_the_process_may_hold(
     make_llama: Callable[..., Path], tiny: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 60, "initializer_range": 0.02}
+    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 40, "initializer_range": 0.02}
     model = make_llama(tmp_path / "model", **sizes)
-    headroom = 110_000_000
+    headroom = 80_000_000
     assert open_checkpoint(model).nbytes > 1.5 * headroom
-    words = WORDS | {"calibration": str(text_file), "method": "rtn", "set": [["scale_search", "false"]]}
+    words = WORDS | {"calibration": str(text_file), "method": "rtn", "set": [["scale_search", "false"]], "samples": 8}
     limited = quantize_limited(model, tmp_path / "limited", headroom, tiny, **words)
     assert limited.returncode == 0, limited.stderr[-2000:]
     free = quantize_limited(model, tmp_path / "free", 0, tiny, **words)
