@@ -2,6 +2,8 @@
 
 import os
 import platform
+import resource
+import sys
 from importlib import metadata
 from typing import Any
 
@@ -37,3 +39,14 @@ def installed(package: str) -> str | None:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
         return None
+
+
+def peak_memory() -> int:
+    """Peak resident set of this process since it began, in bytes. (Linux's ru_maxrss is inherited from the process
+    that started this one, so it is the second choice.)"""
+    try:
+        with open("/proc/self/status") as status:
+            return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
+    except (OSError, StopIteration):
+        scale = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale

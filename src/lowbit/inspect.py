@@ -42,7 +42,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
             "made_from": manifest["model"]["name"],
             "recipe": manifest["recipe"],
             "bits_per_weight": manifest["summary"]["bits_per_weight"],
-            "layers": sorted(layers, key=lambda r: -(r["loss"] or 0)),
+            "layers": sorted(layers, key=lambda r: -(r.get("relative_error") or 0)),
             "fallbacks": [r["name"] for r in layers if r["fallback"]],
         }
     return document

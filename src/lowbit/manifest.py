@@ -1,7 +1,6 @@
 """The small files of an output directory: config, index, tokenizer, manifest, card. All from what was decided."""
 
 import json
-import resource
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,6 +13,11 @@ import lowbit
 from lowbit.artifact import MANIFEST, Work, disk_errors, file_hashes, write_json
 from lowbit.calibration import Calibration
 from lowbit.card import write_card
+<<<<<<< HEAD
+=======
+from lowbit.environment import peak_memory
+from lowbit.formats.compressed_tensors import quantization_config
+>>>>>>> arch
 from lowbit.model.checkpoint import INDEX, Checkpoint, open_checkpoint
 from lowbit.model.stream import fingerprint
 from lowbit.recipe import Recipe
@@ -42,7 +46,7 @@ def document_of(output: Path, recipe: Recipe, layers: list[dict[str, Any]], seco
         "scheme": recipe.scheme,
         "method": recipe.method,
         "seconds": seconds,
-        "peak_memory_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_memory_bytes": peak_memory(),
         "bits_per_weight": bits,
         "layers": layers,
     }

@@ -20,9 +20,9 @@ from lowbit.scheme import Scheme
 
 @dataclass(frozen=True)
 class Plan:
-    """What will happen to each linear (by full name), and about how many bytes the result takes."""
+    """What will happen to each linear (by full name; a repair may change it), and about how many bytes it takes."""
 
-    schemes: Mapping[str, Scheme]
+    schemes: dict[str, Scheme]
     output_bytes: int
 
     def quantized(self, block: str) -> dict[str, Scheme]:

@@ -36,11 +36,14 @@ class Recipe:
     ignore: tuple[str, ...] = ()
     override: tuple[tuple[str, str], ...] = ()
     set: tuple[tuple[str, str], ...] = ()
+    repair: float = 0.0  # the relative output error from which a linear is tried again in other ways; 0: never
 
     def __post_init__(self) -> None:
         Scheme.parse(self.scheme)
         for _, scheme in self.override:
             Scheme.parse(scheme)
+        if not 0 <= self.repair < 1:
+            raise InputError(f"repair is a relative error from 0 (off) to 1, got {self.repair}.")
         if self.seed < 0:
             raise InputError(f"seed must be at least 0, got {self.seed}.")
         for name in ("samples", "seq_len"):
@@ -92,6 +95,7 @@ def _checked(path: Path, key: str, value: Any) -> Any:
     expected: dict[str, Any] = {
         "scheme": str, "method": str, "calibration": (str, type(None)), "samples": int, "seq_len": int, "seed": int,
         "ignore": list, "override": dict, "set": dict,
+        "repair": (float, int),
     }  # fmt: skip
     if not isinstance(value, expected[key]) or isinstance(value, bool):
         raise InputError(f"{path}: {key} has the wrong type ({type(value).__name__}: {value!r}).")

@@ -109,7 +109,7 @@ def round_linears(
     rounded = {}
     for (name, weight), target, mine, theirs in parts:
         chosen, reason = mine, fallback
-        loss = loss_rtn = None
+        loss = loss_rtn = relative = None
         if statistics is not None and statistics.train.rows:
             loss, _ = statistics.loss(weight.float() - mine.dequantize())
             loss_rtn, _ = statistics.loss(weight.float() - theirs.dequantize())
@@ -117,6 +117,8 @@ def round_linears(
             _, held_out_rtn = statistics.loss(target - theirs.dequantize())
             if reason is None and held_out is not None and held_out_rtn is not None and held_out > held_out_rtn:
                 chosen, reason, loss = theirs, f"{WORSE}: rtn", loss_rtn
+            signal, _ = statistics.loss(weight)
+            relative = (loss / signal) ** 0.5 if signal > 0 else 0.0
         report = {
             "name": name,
             "scheme": str(scheme),
@@ -124,6 +126,7 @@ def round_linears(
             "weights": chosen.numel,
             "loss_rtn": loss_rtn,
             "loss": loss,
+            "relative_error": relative,
             "seconds": (time.perf_counter() - started) / len(sizes),
             "fallback": reason,
             "rotated": chosen.rotation is not None,

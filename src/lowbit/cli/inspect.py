@@ -43,13 +43,13 @@ def _inspection(document: dict[str, Any], shown: int) -> str:
             [
                 r["name"],
                 r["scheme"],
-                "" if r["loss"] is None else f"{r['loss']:.3g}",
+                "" if r.get("relative_error") is None else f"{r['relative_error']:.2%}",
                 "" if not r["loss_rtn"] else f"{r['loss'] / r['loss_rtn']:.0%}",
-                r["fallback"] or "",
+                r["fallback"] or (f"repaired: {r['repair']}" if r.get("repair") else ""),
             ]
             for r in document["layers"][:shown]
         ]
-        lines.append(table(["largest output error", "scheme", "loss", "of rtn's", "fallback"], rows))
+        lines.append(table(["largest relative error", "scheme", "error", "of rtn's", "fallback"], rows))
     return "\n".join(lines)
 
 

@@ -31,6 +31,10 @@ def quantize(
     max_unreached: Annotated[
         str, typer.Option(metavar="10%", help="Exit 3 if more linears than this got no usable calibration data.")
     ] = "10%",
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Try linears that lost too much again: damping, zero points, more bits.")
+    ] = False,
+    repair_target: Annotated[str, typer.Option(metavar="10%", help="The relative output error to repair to.")] = "10%",
     max_memory: Annotated[
         str | None, typer.Option(metavar="4GB", help="Memory to stay under (default: what is available).")
     ] = None,
@@ -60,8 +64,14 @@ def quantize(
         "seq_len": seq_len,
         "seed": seed,
         "ignore": tuple(ignore) if ignore else None,
+<<<<<<< HEAD
         "override": pairs(override, "--override", "GLOB=SCHEME") if override else None,
         "set": pairs(set_, "--set", "KEY=VALUE") if set_ else None,
+=======
+        "override": _pairs(override, "--override", "GLOB=SCHEME") if override else None,
+        "repair": percent(repair_target, "--repair-target") if repair else None,
+        "set": _pairs(set_, "--set", "KEY=VALUE") if set_ else None,
+>>>>>>> arch
     }
     words |= {k: v for k, v in given.items() if v is not None}
     memory = size(max_memory, "--max-memory")
@@ -99,10 +109,16 @@ def summary(document: dict[str, Any]) -> str:
     )
     if plain:
         text += f"\noutput error {loss / plain:.0%} of round-to-nearest's"
+<<<<<<< HEAD
     if "allocation" in document:
         text += (
             f"\nexpected KL {document['allocation']['expected_kl']:.5f}; choices: {document['output']}/allocation.json"
         )
+=======
+    repaired = [r for r in layers if r.get("repair")]
+    for r in repaired:
+        text += f"\nrepaired: {r['name']}: {r['repair']}, relative error {r['relative_error']:.1%}"
+>>>>>>> arch
     for r in fallbacks:
         text += f"\nfallback: {r['name']}: {r['fallback']}"
     return text

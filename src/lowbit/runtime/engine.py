@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 
+from lowbit.errors import InputError
 from lowbit.model.checkpoint import Checkpoint, open_checkpoint
 from lowbit.model.load import compute_dtype, open_source, skeleton
 from lowbit.runtime.base import Engine
@@ -27,6 +28,12 @@ def load(model: str | Path | Checkpoint, runtime: Runtime = "auto") -> Engine:
     """Load a model directory, hub id, lowbit output or 'demo'. Raises InputError for everything wrong with it."""
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     net = skeleton(checkpoint)
+    if not net.can_generate():
+        raise InputError(
+            f"{checkpoint.path}: {type(net).__name__} does not predict the next token: there is nothing to generate, "
+            "and perplexity and speed per token mean nothing. lowbit quantizes, inspects and verifies such models; "
+            "transformers runs them."
+        )
     source = open_source(net, checkpoint)
     if runtime == "auto" and why_not(net.config, source.schemes, rotated=source.rotated) is None:
         return NativeEngine(net.config, source)

@@ -13,19 +13,9 @@ from typing import Any
 
 import psutil
 
+from lowbit.environment import peak_memory
+
 LEAST_SECONDS = 0.25  # one reply: the median of as many generations as fill this, so that a hiccup is not the answer
-
-
-def peak_memory() -> int:
-    """Peak resident set of this process since it began, in bytes."""
-    try:
-        with open("/proc/self/status") as status:
-            return next(int(line.split()[1]) for line in status if line.startswith("VmHWM")) * 1024
-    except (OSError, StopIteration):
-        import resource
-
-        scale = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale
 
 
 def main() -> None:
