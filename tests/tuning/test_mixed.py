@@ -56,6 +56,19 @@ def test_mixed_stays_within_its_bits_and_beats_the_uniform_scheme(tiny: Path, te
     assert record["expected_kl"] == pytest.approx(record["bound"])
 
 
+@pytest.mark.model
+def test_at_three_and_a_half_bits_the_demo_loses_half_of_what_it_does_uniformly(tmp_path: Path) -> None:
+    """GPTQ: 3.5 bits where they matter against 3.125 bits everywhere, and against 3.5 bits everywhere."""
+    words = {"method": "gptq", "samples": 16, "seq_len": 512}
+    schemes = {"mixed": "auto:3.5", "g128": "w3a16-g128", "g32": "w3a16-g32"}
+    made = {name: quantize("demo", tmp_path / name, scheme=scheme, **words) for name, scheme in schemes.items()}
+    assert made["mixed"]["bits_per_weight"] <= 3.5 == made["g32"]["bits_per_weight"]
+    document = evaluate([tmp_path / n for n in schemes], against="demo", seq_len=512, windows=16, runtime="float32")
+    kl = {name: r["kl"]["mean"] for name, r in zip(schemes, document["results"], strict=True)}
+    assert kl["mixed"] < 0.55 * kl["g128"]
+    assert kl["mixed"] < 0.8 * kl["g32"]
+
+
 def test_what_the_user_says_of_a_layer_stands(tiny: Path, text_file: Path, tmp_path: Path) -> None:
     words = WORDS | {"calibration": str(text_file), "ignore": ("down_proj",), "override": (("o_proj", "w8a16-g32"),)}
     document = quantize(tiny, tmp_path / "out", scheme=f"auto:3:{CHOICES}", **words)
