@@ -13,11 +13,7 @@ import lowbit
 from lowbit.artifact import MANIFEST, Work, disk_errors, file_hashes, write_json
 from lowbit.calibration import Calibration
 from lowbit.card import write_card
-<<<<<<< HEAD
-=======
 from lowbit.environment import peak_memory
-from lowbit.formats.compressed_tensors import quantization_config
->>>>>>> arch
 from lowbit.model.checkpoint import INDEX, Checkpoint, open_checkpoint
 from lowbit.model.stream import fingerprint
 from lowbit.recipe import Recipe

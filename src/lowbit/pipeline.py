@@ -44,12 +44,8 @@ from lowbit.model.stream import probe
 from lowbit.model.walk import Blocks, Entry, capture_entries, find_blocks, input_groups, linears
 from lowbit.preflight import Plan, check_disk, make_plan
 from lowbit.recipe import Recipe
-<<<<<<< HEAD
-from lowbit.rounding import UNREACHED, Rounded, Statistics, round_linears, round_plain
-=======
 from lowbit.repair import repair
-from lowbit.rounding import UNREACHED, Rounded, Statistics, round_linears
->>>>>>> arch
+from lowbit.rounding import UNREACHED, Rounded, Statistics, round_linears, round_plain
 from lowbit.scheme import Scheme, TensorScheme
 from lowbit.shards import Later, read_tensor
 
@@ -145,20 +141,13 @@ class _Job:
             block = materialize(self.net, name, self.source, dtype)
             report = self.work.report(shard)
             if report is None:
-<<<<<<< HEAD
                 rounded = self._round_block(block, index, entries, original)
                 stored = [t for t in self.source.checkpoint.tensors if t.startswith(name + ".")]
                 report = self._write(shard, stored, {f"{name}.{n}": r for n, r in rounded.items()})
-            elif entries:
-                self._replay(block, index, entries, original, shard)
-=======
-                rounded = self._round_block(block, index, entries)
-                report = self._write(shard, name, rounded)
             else:
                 self.plan.schemes.update({r["name"]: Scheme.parse(r["scheme"]) for r in report})
                 if entries:
-                    self._replay(block, index, entries, shard)
->>>>>>> arch
+                    self._replay(block, index, entries, original, shard)
             release(block)
             give_back(thoroughly=self.frugal)
             layers += report
@@ -229,19 +218,14 @@ class _Job:
         """Round linears of one input and scheme from their stored weights, and put the results into the block."""
         checkpoint = self.source.checkpoint
         weights = {f"{name}.{n}": checkpoint.get(f"{name}.{n}.weight") for n in same}
-<<<<<<< HEAD
         goals = {} if correction is None else {f"{name}.{n}": correction.goal(n, weights[f"{name}.{n}"]) for n in same}
         results = round_linears(weights, scheme, statistics, self.recipe, checkpoint.dtype, goals)
-        by_local = {n: results[f"{name}.{n}"] for n in same}
-=======
-        results = round_linears(weights, scheme, statistics, self.recipe, checkpoint.dtype)
         by_local = {}
         for n in same:
             full = f"{name}.{n}"
             by_local[n], self.plan.schemes[full] = repair(
                 full, weights[full], scheme, statistics, self.recipe, checkpoint.dtype, results[full]
             )
->>>>>>> arch
         for local, result in by_local.items():
             _put(block, local, result.quantized.dequantize(linears(block)[local].weight.dtype))
         return by_local

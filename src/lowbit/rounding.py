@@ -117,7 +117,7 @@ def round_linears(
             _, held_out_rtn = statistics.loss(target - theirs.dequantize())
             if reason is None and held_out is not None and held_out_rtn is not None and held_out > held_out_rtn:
                 chosen, reason, loss = theirs, f"{WORSE}: rtn", loss_rtn
-            signal, _ = statistics.loss(weight)
+            signal, _ = statistics.loss(weight.float())
             relative = (loss / signal) ** 0.5 if signal > 0 else 0.0
         report = {
             "name": name,
@@ -147,6 +147,7 @@ def round_plain(name: str, weight: Tensor, scheme: Scheme, scale_dtype: torch.dt
         "weights": weight.numel(),
         "loss_rtn": None,
         "loss": None,
+        "relative_error": None,
         "seconds": time.perf_counter() - started,
         "fallback": None,
         "rotated": False,

@@ -107,7 +107,5 @@ def test_the_standard_format_is_chosen_wherever_it_can_say_it() -> None:
     assert format_for([Scheme.parse("w4a16"), Scheme.parse("nvfp4")], own_layout=False) is standard
     assert format_for([Scheme.parse("w4a16"), Scheme.parse("any4")], own_layout=False) is own
     assert format_for([Scheme.parse("w4a16")], own_layout=True) is own
-    with pytest.raises(
-        InputError, match="already quantized by 'bitsandbytes'; lowbit reads compressed-tensors, lowbit, gptq"
-    ):
+    with pytest.raises(InputError, match=r"already quantized by 'bitsandbytes'; lowbit reads .*, lowbit, gptq"):
         find_reader({"quant_method": "bitsandbytes"})

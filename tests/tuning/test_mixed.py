@@ -33,7 +33,9 @@ def test_a_budget_that_makes_no_sense_is_refused(text: str) -> None:
         Budget.parse(text)
 
 
-def test_mixed_stays_within_its_bits_and_beats_the_uniform_scheme(tiny: Path, text_file: Path, tmp_path: Path) -> None:
+def test_mixed_stays_within_its_bits_and_beats_the_uniform_scheme(
+    tiny: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """At the average bits of uniform 3 bits, choosing where they go loses less."""
     words = WORDS | {"calibration": str(text_file)}
     document = quantize(tiny, tmp_path / "mixed", scheme=f"auto:3.5:{CHOICES}", sensitivity_by="direct", **words)
@@ -54,6 +56,25 @@ def test_mixed_stays_within_its_bits_and_beats_the_uniform_scheme(tiny: Path, te
     assert {n: str(recipe.scheme_of(n)) for n in layers} == layers
     record = json.loads((tmp_path / "mixed" / "allocation.json").read_text())
     assert record["expected_kl"] == pytest.approx(record["bound"])
+    # a finished run is resumed without choosing again, and without a difference
+    monkeypatch.setattr("lowbit.tuning.mixed.choose", None)
+    words["sensitivity_by"] = "direct"
+    again = quantize(tiny, tmp_path / "mixed", scheme=f"auto:3.5:{CHOICES}", resume=True, **words)
+    assert again["layers"] == document["layers"]
+    assert again["allocation"] == document["allocation"]
+
+
+@pytest.mark.model
+def test_at_three_and_a_half_bits_the_demo_loses_half_of_what_it_does_uniformly(tmp_path: Path) -> None:
+    """GPTQ: 3.5 bits where they matter against 3.125 bits everywhere, and against 3.5 bits everywhere."""
+    words = {"method": "gptq", "samples": 16, "seq_len": 512}
+    schemes = {"mixed": "auto:3.5", "g128": "w3a16-g128", "g32": "w3a16-g32"}
+    made = {name: quantize("demo", tmp_path / name, scheme=scheme, **words) for name, scheme in schemes.items()}
+    assert made["mixed"]["bits_per_weight"] <= 3.5 == made["g32"]["bits_per_weight"]
+    document = evaluate([tmp_path / n for n in schemes], against="demo", seq_len=512, windows=16, runtime="float32")
+    kl = {name: r["kl"]["mean"] for name, r in zip(schemes, document["results"], strict=True)}
+    assert kl["mixed"] < 0.55 * kl["g128"]
+    assert kl["mixed"] < 0.8 * kl["g32"]
 
 
 def test_what_the_user_says_of_a_layer_stands(tiny: Path, text_file: Path, tmp_path: Path) -> None:
@@ -71,6 +92,26 @@ def test_a_budget_below_the_fewest_bits_is_refused(tiny: Path, text_file: Path, 
             quantize(tiny, tmp_path / "out", scheme=scheme, **WORDS, calibration=str(text_file))
     with pytest.raises(InputError, match="divides every layer's shape"):
         quantize(tiny, tmp_path / "out", scheme="auto:3:w4a16-g128", **WORDS, calibration=str(text_file))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_a_budget_in_time_is_kept(
+    share: float, tiny: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With kernel times by the bits, a budget between the fastest and the slowest choice buys what lies between."""
+
+    def seconds(shape: tuple[int, int], scheme: str) -> float:
+        return 1e-9 * shape[0] * shape[1] * int(scheme[1])
+
+    monkeypatch.setattr("lowbit.tuning.kernel_times.product_seconds", seconds)
+    weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    least, most = 2e-9 * weights, 8e-9 * weights
+    budget = least + share * (most - least)
+    scheme = f"auto:{budget * 1e6 * 1.000001:.6f}us:{CHOICES}"
+    document = quantize(tiny, tmp_path / "out", scheme=scheme, calibration=str(text_file), **WORDS)
+    assert document["allocation"]["cost"] <= budget * 1.00001
+    bits = {int(r["scheme"][1]) for r in document["layers"]}
+    assert bits == {2} if share == 0 else bits == {8} if share == 1 else len(bits) > 1
 
 
 @pytest.mark.skipif(pack.native is None, reason="needs the compiled kernels")

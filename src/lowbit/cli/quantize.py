@@ -64,14 +64,9 @@ def quantize(
         "seq_len": seq_len,
         "seed": seed,
         "ignore": tuple(ignore) if ignore else None,
-<<<<<<< HEAD
         "override": pairs(override, "--override", "GLOB=SCHEME") if override else None,
         "set": pairs(set_, "--set", "KEY=VALUE") if set_ else None,
-=======
-        "override": _pairs(override, "--override", "GLOB=SCHEME") if override else None,
         "repair": percent(repair_target, "--repair-target") if repair else None,
-        "set": _pairs(set_, "--set", "KEY=VALUE") if set_ else None,
->>>>>>> arch
     }
     words |= {k: v for k, v in given.items() if v is not None}
     memory = size(max_memory, "--max-memory")
@@ -109,16 +104,13 @@ def summary(document: dict[str, Any]) -> str:
     )
     if plain:
         text += f"\noutput error {loss / plain:.0%} of round-to-nearest's"
-<<<<<<< HEAD
     if "allocation" in document:
         text += (
             f"\nexpected KL {document['allocation']['expected_kl']:.5f}; choices: {document['output']}/allocation.json"
         )
-=======
     repaired = [r for r in layers if r.get("repair")]
     for r in repaired:
         text += f"\nrepaired: {r['name']}: {r['repair']}, relative error {r['relative_error']:.1%}"
->>>>>>> arch
     for r in fallbacks:
         text += f"\nfallback: {r['name']}: {r['fallback']}"
     return text

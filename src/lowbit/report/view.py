@@ -4,10 +4,10 @@ Every figure may be missing (a candidate that crashed, an older document): `get`
 formatters print an en dash for None. Times come in seconds and sizes in bytes.
 """
 
-import shlex
 from collections.abc import Sequence
 from typing import Any
 
+from lowbit.report.commands import deploy, reproduce
 from lowbit.report.figures import chart_of, chart_words, heatmap
 from lowbit.report.whatif import whatif_data
 from lowbit.report.words import (
@@ -60,8 +60,8 @@ def view(document: dict[str, Any]) -> dict[str, Any]:
         "facts": _facts(document, original, chosen),
         "floor": _floor(original),
         "whatif": whatif_data(document),
-        "reproduce": _reproduce(document),
-        "deploy": _deploy(document, chosen),
+        "reproduce": reproduce(document),
+        "deploy": deploy(document, chosen),
     }
 
 
@@ -234,7 +234,7 @@ def _difference(reference: str | None, own: str | None) -> dict[str, Any]:
     return {"same": own[:start], "mark": own[start:end], "rest": own[end:], "note": f"differs after {at} characters"}
 
 
-# ---- how it was measured, and what to type ----
+# ---- how it was measured ----
 
 
 def _facts(document: dict[str, Any], original: dict[str, Any], chosen: dict[str, Any] | None) -> list[tuple[str, str]]:
@@ -298,34 +298,3 @@ def _floor(original: dict[str, Any]) -> str | None:
         f"The original weights through the runtime that is timed{through}, against float32: KL {digits(kl)}, "
         f"same top token {percent(same, decimals=2)}. A difference of this size is arithmetic, not quantization."
     )
-
-
-def _reproduce(document: dict[str, Any]) -> str:
-    limits = document.get("limits") or {}
-    words = ["lowbit", "tune", str(document.get("model") or "MODEL")]
-    increase, memory = number(limits.get("max_ppl_increase")), number(limits.get("max_memory"))
-    words += ["--text", str(document["text"])] if document.get("text") else []
-    words += ["--max-ppl-increase", f"{100 * increase:.10g}%"] if increase is not None else []
-    words += ["--max-memory", str(int(memory))] if memory is not None else []
-    for key in ("max_kl", "max_ttft", "max_tpot"):
-        most = number(limits.get(key))
-        words += [f"--{key.replace('_', '-')}", f"{most:.10g}"] if most is not None else []
-    words += ["--optimize", str(limits["optimize"])] if limits.get("optimize") else []
-    if document.get("own_candidates"):
-        for key in ("method", "scheme"):
-            tried = dict.fromkeys(str(c.get(key)) for c in document.get("candidates") or [])
-            words += [f"--{key}s", ",".join(tried)]
-    words += ["--repeats", str(document["repeats"])] if document.get("repeats") else []
-    words += ["--seed", str(document["seed"])] if document.get("seed") is not None else []
-    words += ["-o", str(document.get("output") or "OUT")]
-    return shlex.join(words)
-
-
-def _deploy(document: dict[str, Any], chosen: dict[str, Any] | None) -> dict[str, str] | None:
-    if chosen is None or not chosen.get("path"):
-        return None
-    path, model = str(chosen["path"]), str(document.get("model") or "MODEL")
-    return {
-        "serve": shlex.join(["vllm", "serve", path]),
-        "bench": shlex.join(["lowbit", "bench", path, "--against", model]),
-    }

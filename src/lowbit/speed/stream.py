@@ -176,7 +176,7 @@ def _get(url: str, timeout: float) -> tuple[int, str]:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, ConnectionRefusedError):
-        return "nothing listens there (connection refused): is the server started, and the port right?"
+        return "nothing listens there (connection refused). Start the server, or correct the port"
     if isinstance(error, socket.gaierror):
         return "no such host"
     if isinstance(error, TimeoutError):

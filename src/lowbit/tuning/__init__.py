@@ -106,8 +106,6 @@ def tune(
     for c in rows:
         c["verdict"] = verdict(c, wanted)
 
-    original = None if speed is None else next(r for r in speed["results"] if r["model"] == str(model))
-    confirmation = accuracy["confirmation"]
     document = {
         "lowbit_version": lowbit.__version__,
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -119,30 +117,40 @@ def tune(
         "repeats": repeats,
         "seq_len": window,
         "calibration_samples": words["samples"],
-        "windows": confirmation["windows"],
         "limits": vars(wanted),
         "split": {f"{part}_tokens": n for part, n in tokens.items()},
         "domain": domain,
         "expected": {"situation": vars(situation), "order": expected},
-        "original": {
-            "name": str(model),
-            "evaluate": confirmation["reference"],
-            "noise_floor": confirmation["noise_floor"],
-            "bench": original,
-        },
-        "peak_bandwidth_bytes_per_s": None if speed is None else speed["peak_bandwidth_bytes_per_s"],
-        "grid": [] if speed is None else speed["grid"],
         "catalog": prices,
         "own_candidates": own_candidates,
-        "candidates": rows,
-        "pareto": pareto(rows),
-        "recommendation": recommend(rows, wanted, original),
+        **_outcome(str(model), rows, accuracy["confirmation"], speed, wanted),
         "samples": _samples(str(model), measured(rows), split.confirmation, tokenizer),
     }
     with disk_errors(output):
         write_json(output / "tune.json", document)
         write_report(document, output / "report.html")
     return document
+
+
+def _outcome(
+    model: str, rows: list[dict[str, Any]], accuracy: dict[str, Any], speed: dict[str, Any] | None, limits: Limits
+) -> dict[str, Any]:
+    """What was measured and what follows from it. `speed` is None where no candidate could be run."""
+    bench = None if speed is None else next(r for r in speed["results"] if r["model"] == model)
+    return {
+        "windows": accuracy["windows"],
+        "original": {
+            "name": model,
+            "evaluate": accuracy["reference"],
+            "noise_floor": accuracy["noise_floor"],
+            "bench": bench,
+        },
+        "peak_bandwidth_bytes_per_s": None if speed is None else speed["peak_bandwidth_bytes_per_s"],
+        "grid": [] if speed is None else speed["grid"],
+        "candidates": rows,
+        "pareto": pareto(rows),
+        "recommendation": recommend(rows, limits, bench),
+    }
 
 
 def _check_output(output: Path, *, resume: bool, force: bool) -> None:

@@ -9,21 +9,22 @@ Sensitivity (tuning/sensitivity.py) says what each choice would cost in KL, allo
 and the answer is a recipe like any other: a scheme and overrides, which the manifest records.
 """
 
+import json
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from lowbit import pipeline
-from lowbit.artifact import check_output, write_json
+from lowbit.artifact import MANIFEST, check_output, write_json
 from lowbit.console import note
 from lowbit.errors import InputError
 from lowbit.model.checkpoint import Checkpoint, open_checkpoint
-from lowbit.recipe import Recipe, matches
+from lowbit.recipe import Recipe, matches, read_recipe
 from lowbit.scheme import Scheme
 from lowbit.tuning.allocate import Allocation, allocate
 from lowbit.tuning.kernel_times import group_seconds
@@ -96,16 +97,28 @@ def quantize(
     budget = Budget.parse(scheme)
     recipe = Recipe(**{k: v for k, v in words.items() if k != "scheme"})
     check_output(Path(output), resume=resume, force=force)
-    checkpoint = open_checkpoint(model)
-    recipe, allocation = choose(checkpoint, recipe, budget, sensitivity_by)
+    asked = {"requested": scheme, "recipe": recipe.to_dict(), "sensitivity": sensitivity_by}
+    allocation = _finished(Path(output), asked) if resume else None
+    if allocation is not None:  # nothing is left to choose; what is there is checked against the model and the text
+        recipe = Recipe(**read_recipe(Path(output) / MANIFEST))
+    else:
+        recipe, allocation = choose(open_checkpoint(model), recipe, budget, sensitivity_by)
     document = pipeline.quantize(
         model, output, recipe, resume=resume, force=force, max_memory=max_memory, dry_run=dry_run
     )
     if dry_run:
         return {**document, "scheme": scheme}
-    allocation = {"requested": scheme, **allocation, "bits_per_weight": document["bits_per_weight"]}
+    allocation = {**asked, **allocation, "bits_per_weight": document["bits_per_weight"]}
     write_json(Path(output) / ALLOCATION, allocation)
     return {**document, "scheme": scheme, "allocation": allocation}
+
+
+def _finished(output: Path, asked: dict[str, Any]) -> dict[str, Any] | None:
+    """What was chosen for the same request in an earlier run that came to its end."""
+    if not ((output / ALLOCATION).exists() and (output / MANIFEST).exists()):
+        return None
+    record: dict[str, Any] = json.loads((output / ALLOCATION).read_text(encoding="utf-8"))
+    return record if all(record.get(k) == v for k, v in asked.items()) else None
 
 
 def choose(checkpoint: Checkpoint, recipe: Recipe, budget: Budget, way: Way) -> tuple[Recipe, dict[str, Any]]:
@@ -166,8 +179,7 @@ def _counts(chosen: Sequence[str]) -> str:
 
 def _record(budget: Budget, found: Sensitivity, answer: Allocation, chosen: Sequence[str]) -> dict[str, Any]:
     return {
-        "budget": asdict(budget),
-        "sensitivity": found.way,
+        "budget": {"amount": budget.amount, "unit": budget.unit},
         "probe": found.probe,
         "expected_kl": answer.loss,
         "bound": answer.bound,
