@@ -421,6 +421,21 @@ def test_resume_with_activations_rounded(run: Run, tmp_path: Path, monkeypatch: 
     assert model_bytes(tmp_path / "out") == model_bytes(tmp_path / "whole")
 
 
+@pytest.mark.parametrize(("scheme", "method"), [("e8p2", "quip"), ("any4-g32", "gptq")])
+def test_resume_beside_the_original(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, method: str
+) -> None:
+    """The original's batches must pass a finished block again too, with the original's weights."""
+    words: dict[str, Any] = {"scheme": scheme, "method": method, "set": (("follow_original", "true"),)}
+    run(tmp_path / "whole", **words)
+    with monkeypatch.context() as patch:
+        interrupt(patch, "write_report", 0, after=True)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "out", **words)
+    run(tmp_path / "out", resume=True, **words)
+    assert model_bytes(tmp_path / "out") == model_bytes(tmp_path / "whole")
+
+
 @pytest.mark.parametrize(
     ("change", "what"),
     [
