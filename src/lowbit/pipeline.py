@@ -2,14 +2,14 @@
 
 1. open, plan, refuse                     preflight.py
 2. calibration windows through the embeddings
-3. for each block: statistics -> round, in the order the data flows, each group against inputs from the already
-   quantized prefix (model/walk.py, rounding.py) -> write the shard, read it back, compare
+3. for each block: equalize (equalization.py); statistics -> round, in the order the data flows, each group against
+   inputs from the already quantized prefix (model/walk.py, rounding.py) -> write the shard, read it back, compare
 4. close the directory; reload it and record the logits it computes
 """
 
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowbit.algorithms import METHODS
+from lowbit.algorithms.compose import parse_method, settings_of
 from lowbit.artifact import MANIFEST, Work, check_output, check_same, clean, read_manifest, replaces
 from lowbit.calibration import Calibration, load_calibration
 from lowbit.console import note, track
+from lowbit.equalization import Equalized, Equalizer
 from lowbit.errors import InputError
 from lowbit.formats.compressed_tensors import pack, unpack
 from lowbit.manifest import document_of, finish_directory, shard_name, versions
@@ -37,13 +38,14 @@ from lowbit.model.load import (
     skeleton,
 )
 from lowbit.model.lockstep import Walk
-from lowbit.model.walk import Blocks, Entry, capture_entries, find_blocks, input_groups, linears
+from lowbit.model.walk import Blocks, Entry, capture_entries, find_blocks, head_width, input_groups, linears
 from lowbit.preflight import Plan, check_disk, make_plan
 from lowbit.recipe import Recipe
-from lowbit.rounding import UNREACHED, Rounded, Statistics, round_linears
+from lowbit.rounding import UNREACHED, Rounded, Statistics, Units, round_linears
 from lowbit.scheme import Scheme, TensorScheme
 
 HELD_OUT = 16  # one batch in this many checks the method instead of feeding it
+PROBE_TOKENS = 16  # length of the random input that equalizations are proved on
 BATCH = 4  # windows a batch: the activations of a small model stay in the cache
 
 
@@ -105,12 +107,20 @@ class _Job:
     recipe: Recipe
     work: Work
     threads: int
+    changed: dict[str, Tensor] = field(
+        default_factory=dict
+    )  # what a block's equalization put in the checkpoint's place
+
+    def stored(self, name: str) -> Tensor:
+        """A tensor as it is to be quantized or copied."""
+        return self.changed[name] if name in self.changed else self.source.checkpoint.get(name)
 
     def run(self, calibration: Calibration | None) -> list[dict[str, Any]]:
         """Quantize every block in order, or read it back if it is finished. Returns one report a linear."""
         names = self.blocks.names
         dtype = compute_dtype()
         entries = [] if calibration is None else self._enter(calibration, dtype)
+        equalizer = self._equalizer(calibration)
         layers: list[dict[str, Any]] = []
         for index, name in enumerate(track(names, "quantizing blocks", len(names))):
             started = time.perf_counter()
@@ -118,8 +128,10 @@ class _Job:
             block = materialize(self.net, name, self.source, dtype)
             report = self.work.report(shard)
             if report is None:
-                rounded = self._round_block(block, index, entries)
+                equalized = self._equalize(equalizer, block, index, entries)
+                rounded = self._round_block(block, index, entries, equalized)
                 report = self._write(shard, name, rounded)
+                self.changed.clear()
             elif entries:
                 self._replay(block, index, entries, shard)
             release(block)
@@ -136,7 +148,31 @@ class _Job:
             entry.held_out = True
         return entries
 
-    def _round_block(self, block: nn.Module, index: int, entries: list[Entry]) -> dict[str, Rounded]:
+    def _equalizer(self, calibration: Calibration | None) -> Equalizer | None:
+        """For a method that equalizes. The embeddings must be loaded."""
+        method = parse_method(self.recipe.method)
+        if method.equalization is None or calibration is None:
+            return None
+        settings = settings_of(method, dict(self.recipe.set))[method.equalization]
+        (probe,) = capture_entries(self.net, self.blocks, [calibration.tokens[:1, :PROBE_TOKENS]])
+        head_dim = head_width(self.net.config.get_text_config())
+        return Equalizer(method.equalization, settings, probe, head_dim, self.threads, self.source.checkpoint.dtype)
+
+    def _equalize(self, equalizer: Equalizer | None, block: nn.Module, index: int, entries: list[Entry]) -> Equalized:
+        """Choose the block's channel scales and put what they change into the block and in the checkpoint's place."""
+        if equalizer is None or not entries:
+            return Equalized()
+        name = self.blocks.names[index]
+        schemes = self.plan.quantized(name)
+        result = equalizer.equalize(block, index, entries, schemes, lambda n: self.source.checkpoint.get(f"{name}.{n}"))
+        for local, value in result.tensors.items():
+            self.changed[f"{name}.{local}"] = value
+            block.get_parameter(local).data = value.to(block.get_parameter(local).dtype)
+        return result
+
+    def _round_block(
+        self, block: nn.Module, index: int, entries: list[Entry], equalized: Equalized
+    ) -> dict[str, Rounded]:
         """Every planned linear of the block, by local name; the entries' hidden states move past the block."""
         name = self.blocks.names[index]
         schemes = self.plan.quantized(name)
@@ -152,24 +188,33 @@ class _Job:
                 statistics = Statistics.collect(walk, k, width)
                 for scheme in dict.fromkeys(schemes[n] for n in wanted):
                     same = [n for n in wanted if schemes[n] == scheme]
-                    rounded |= self._round(block, name, same, scheme, statistics)
+                    rounded |= self._round(block, name, same, scheme, statistics, equalized)
             for entry, hidden in zip(entries, walk.finish(), strict=True):
                 entry.hidden = hidden
         for local, scheme in schemes.items():
             if local not in rounded:  # no calibration data, or none that reached it
                 empty = Statistics.empty(linears(block)[local].in_features) if entries else None
-                rounded |= self._round(block, name, [local], scheme, empty)
+                rounded |= self._round(block, name, [local], scheme, empty, equalized)
         return {local: rounded[local] for local in schemes}
 
     def _round(
-        self, block: nn.Module, name: str, same: list[str], scheme: Scheme, statistics: Statistics | None
+        self,
+        block: nn.Module,
+        name: str,
+        same: list[str],
+        scheme: Scheme,
+        statistics: Statistics | None,
+        equalized: Equalized,
     ) -> dict[str, Rounded]:
         """Round linears of one input and scheme from their stored weights, and put the results into the block."""
-        checkpoint = self.source.checkpoint
-        weights = {f"{name}.{n}": checkpoint.get(f"{name}.{n}.weight") for n in same}
-        results = round_linears(weights, scheme, statistics, self.recipe, checkpoint.dtype)
+        weights = {f"{name}.{n}": self.stored(f"{name}.{n}.weight") for n in same}
+        units = {f"{name}.{n}": Units(equalized.columns.get(n), equalized.rows.get(n)) for n in same}
+        dtype = self.source.checkpoint.dtype
+        results = round_linears(weights, scheme, statistics, self.recipe, dtype, units)
         by_local = {n: results[f"{name}.{n}"] for n in same}
         for local, result in by_local.items():
+            if local in equalized.report:
+                result.report["equalization"] = equalized.report[local]
             _put(block, local, result.quantized.dequantize(linears(block)[local].weight.dtype))
         return by_local
 
@@ -181,6 +226,9 @@ class _Job:
         for local, scheme in schemes.items():
             quantized = unpack(f"{name}.{local}", tensors.__getitem__, scheme)
             _put(block, local, quantized.dequantize(linears(block)[local].weight.dtype))
+        for local, parameter in block.named_parameters():  # norms and biases that an equalization changed
+            if f"{name}.{local}" in tensors and local.removesuffix(".weight") not in schemes:
+                parameter.data = tensors[f"{name}.{local}"].to(parameter.dtype)
         walk = Walk(block, index, entries, (), _activations(schemes), self.threads)
         for entry, hidden in zip(entries, walk.finish(), strict=True):
             entry.hidden = hidden
@@ -191,7 +239,7 @@ class _Job:
         checkpoint = self.source.checkpoint
         packed = {f"{name}.{local}.weight" for local in rounded}
         tensors: dict[str, Tensor] = {
-            t: checkpoint.get(t) for t in checkpoint.tensors if t.startswith(name + ".") and t not in packed
+            t: self.stored(t) for t in checkpoint.tensors if t.startswith(name + ".") and t not in packed
         }
         for local, result in rounded.items():
             tensors |= pack(f"{name}.{local}", result.quantized, self.plan.schemes[f"{name}.{local}"])
@@ -214,7 +262,7 @@ class _Job:
 
 def find_calibration(checkpoint: Checkpoint, recipe: Recipe) -> Calibration | None:
     """The windows the recipe asks for, or None for a method that needs none. Raises InputError as documented there."""
-    if not METHODS[recipe.method].needs_calibration and recipe.calibration is None:
+    if not parse_method(recipe.method).needs_calibration and recipe.calibration is None:
         return None
     source = recipe.calibration
     if source is None and checkpoint.path == DEMO / "model":
@@ -253,6 +301,9 @@ def _block_line(name: str, report: list[dict[str, Any]], seconds: float) -> str:
     if plain:
         text += f", output error {loss / plain:.0%} of rtn's"
     unreached = [r["name"] for r in report if r["fallback"] == UNREACHED]
+    unproved = [r["name"].split(".")[-1] for r in report if (r.get("equalization") or {}).get("reason")]
+    if unproved:
+        text += f", not equalized (nothing provably takes the scale): {', '.join(unproved)}"
     others = [f"{r['name']}: {r['fallback']}" for r in report if r["fallback"] and r["fallback"] != UNREACHED]
     if unreached:
         others.append(f"{len(unreached)} linears were reached by no calibration token ({unreached[0]}, ...): rtn")

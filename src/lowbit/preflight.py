@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import nn
 
-from lowbit.algorithms import find_method, make_settings
+from lowbit.algorithms.compose import parse_method, settings_of
 from lowbit.errors import InputError
 from lowbit.model.checkpoint import Checkpoint
 from lowbit.model.walk import Blocks, linears
@@ -32,8 +32,7 @@ class Plan:
 def make_plan(model: nn.Module, blocks: Blocks, checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     """Raises InputError for an unknown method or setting, a scheme that a layer's shape cannot take, a pattern that
     matches nothing, a model that is quantized already."""
-    find_method(recipe.method)
-    make_settings(recipe.method, dict(recipe.set))
+    settings_of(parse_method(recipe.method), dict(recipe.set))
     if checkpoint.quantization is not None:
         raise InputError(
             f"{checkpoint.name}: already quantized ({checkpoint.quantization.get('quant_method')}). Quantizing twice "

@@ -5,6 +5,7 @@ plain round-to-nearest's; otherwise RTN stands and the report's `fallback` says 
 """
 
 import contextlib
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,17 +14,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.algorithms import METHODS, make_settings
+from lowbit.algorithms import METHODS
+from lowbit.algorithms.awq import clipped_rtn
+from lowbit.algorithms.compose import parse_method, settings_of
 from lowbit.algorithms.rtn import rtn
 from lowbit.errors import InputError
 from lowbit.model.lockstep import Walk
 from lowbit.model.walk import Entry
 from lowbit.recipe import Recipe
-from lowbit.scheme import Scheme
+from lowbit.scheme import Scheme, TensorScheme
 from lowbit.stats import Hessian, quadratic_loss
 from lowbit.tensor import QuantizedTensor
 
 UNREACHED = "no calibration token reached this layer: rtn"
+_QUERY_OR_KEY = re.compile(r"\b(q|k|qk|qkv|query|key|query_key_value|c_attn|w_?qkv)(_proj)?$", re.I)  # errors multiply
 
 
 @dataclass(frozen=True)
@@ -70,23 +74,54 @@ class Statistics:
         return quadratic_loss(error, every.mean()), held_out
 
 
+@dataclass(frozen=True, eq=False)
+class Units:
+    """How an equalized weight relates to the original one: W = original · columns / rows.
+
+    Losses are reported for the original model: its outputs are `rows` times as large, its inputs `columns` times.
+    """
+
+    columns: Tensor | None = None  # (in,)
+    rows: Tensor | None = None  # (out,)
+
+    @property
+    def original(self) -> bool:
+        return self.columns is None and self.rows is None
+
+    def error(self, weight: Tensor, quantized: QuantizedTensor) -> Tensor:
+        """The error (out, in) with outputs in the original's units, for the statistics of the equalized input."""
+        difference = weight.float() - quantized.dequantize()
+        return difference if self.rows is None else difference * self.rows[:, None]
+
+    def plain_error(self, weight: Tensor, grid: TensorScheme, scale_dtype: torch.dtype) -> Tensor:
+        """The same of the original weight rounded to nearest under plain min-max scales."""
+        original = weight.float() if self.rows is None else weight.float() * self.rows[:, None]
+        original = original if self.columns is None else original / self.columns
+        difference = original - rtn(original, grid, scale_dtype).dequantize()
+        return difference if self.columns is None else difference * self.columns
+
+
 def round_linears(
     weights: Mapping[str, Tensor],
     scheme: Scheme,
     statistics: Statistics | None,
     recipe: Recipe,
     scale_dtype: torch.dtype,
+    units: Mapping[str, Units] | None = None,
 ) -> dict[str, Rounded]:
     """Quantize linears (out_i, in), by full name, that share an input and a scheme.
 
     They are rows of one matrix where no scale spans rows: one factorization, one sweep. `statistics` is None for a
-    recipe without calibration data. Raises InputError if the activations are mostly not finite.
+    recipe without calibration data; `units` says which weights were equalized. Raises InputError if the activations
+    are mostly not finite.
     """
     grid = scheme.weight
     assert grid is not None
-    if grid.granularity not in ("channel", "group") and len(weights) > 1:
+    units = units or {}
+    if len(weights) > 1 and (grid.granularity not in ("channel", "group") or _clips(recipe)):
         alone = ({name: weight} for name, weight in weights.items())
-        return {k: v for w in alone for k, v in round_linears(w, scheme, statistics, recipe, scale_dtype).items()}
+        every = (round_linears(w, scheme, statistics, recipe, scale_dtype, units) for w in alone)
+        return {k: v for rounded in every for k, v in rounded.items()}
     started = time.perf_counter()
     stacked = torch.cat([w.float() for w in weights.values()])
     plain = rtn(stacked, grid, scale_dtype)
@@ -104,10 +139,12 @@ def round_linears(
         chosen, reason = mine, fallback
         loss = loss_rtn = None
         if statistics is not None and statistics.train.rows:
-            loss, held_out = statistics.loss(weight.float() - mine.dequantize())
-            loss_rtn, held_out_rtn = statistics.loss(weight.float() - theirs.dequantize())
+            unit = units.get(name, Units())
+            loss, held_out = statistics.loss(unit.error(weight, mine))
+            loss_plain, held_out_rtn = statistics.loss(unit.error(weight, theirs))
             if reason is None and held_out is not None and held_out_rtn is not None and held_out > held_out_rtn:
-                chosen, reason, loss = theirs, "worse than rtn on held-out windows: rtn", loss_rtn
+                chosen, reason, loss = theirs, "worse than rtn on held-out windows: rtn", loss_plain
+            loss_rtn = loss_plain if unit.original else statistics.loss(unit.plain_error(weight, grid, scale_dtype))[0]
         report = {
             "name": name,
             "scheme": str(scheme),
@@ -120,6 +157,14 @@ def round_linears(
         }
         rounded[name] = Rounded(chosen, report | notes)
     return rounded
+
+
+def _clips(recipe: Recipe) -> bool:
+    """Whether AWQ's range search takes the place of round-to-nearest's own scales."""
+    method = parse_method(recipe.method)
+    return (
+        method.equalization == "awq" and method.rounding == "rtn" and settings_of(method, dict(recipe.set))["awq"].clip
+    )
 
 
 @contextlib.contextmanager
@@ -138,8 +183,9 @@ def _apply(
     where: str, weight: Tensor, scheme: Scheme, statistics: Statistics | None, recipe: Recipe, plain: QuantizedTensor
 ) -> tuple[QuantizedTensor, dict[str, Any], str | None]:
     """(the method's result, what to note, None), or RTN and the reason where the statistics do not allow it."""
-    method = METHODS[recipe.method]
-    settings = make_settings(recipe.method, dict(recipe.set))
+    composition = parse_method(recipe.method)
+    method = METHODS[composition.rounding]
+    settings = settings_of(composition, dict(recipe.set))[composition.rounding]
     assert scheme.weight is not None
     if statistics is None:
         result, notes = method.rounding(weight, None, scheme.weight, settings, plain.scale.dtype)
@@ -154,6 +200,8 @@ def _apply(
     if train.rows == 0:
         return plain, {}, UNREACHED
     noted = {"bad_rows": bad} if bad else {}
+    if _clips(recipe) and not _QUERY_OR_KEY.search(where):
+        return clipped_rtn(weight, train.mean(), scheme.weight, plain.scale.dtype), noted, None
     try:
         with one_thread():
             result, notes = method.rounding(weight, train.mean(), scheme.weight, settings, plain.scale.dtype)

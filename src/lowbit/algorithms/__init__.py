@@ -1,4 +1,7 @@
-"""The methods, one file each. `METHODS` says what there is; nothing registers itself."""
+"""The methods, one file each. Three dict literals say what there is; nothing registers itself.
+
+METHODS round, EQUALIZATIONS choose channel scales, ROTATIONS turn the residual stream; compose.py joins them.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -7,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lowbit.algorithms.awq import AWQSettings
 from lowbit.algorithms.gptq import GPTQSettings, gptq
 from lowbit.algorithms.rtn import RTNSettings, rtn
+from lowbit.algorithms.smoothquant import SmoothQuantSettings
 from lowbit.errors import InputError, nearest
 from lowbit.scheme import TensorScheme
 from lowbit.tensor import QuantizedTensor
@@ -42,6 +47,8 @@ METHODS = {
     "rtn": Method(_rtn, RTNSettings, needs_calibration=False),
     "gptq": Method(_gptq, GPTQSettings, needs_calibration=True),
 }
+EQUALIZATIONS: dict[str, type] = {"awq": AWQSettings, "smoothquant": SmoothQuantSettings}
+ROTATIONS: dict[str, type] = {}
 
 
 def find_method(name: str) -> Method:
@@ -50,9 +57,14 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
+def settings_class(name: str) -> type:
+    """The settings of a part by its name, whatever its kind."""
+    return (EQUALIZATIONS | ROTATIONS).get(name) or find_method(name).settings
+
+
 def make_settings(name: str, values: dict[str, str]) -> Any:
     """The method's settings with `values` (as written by the user) put in. Raises InputError naming what exists."""
-    cls = find_method(name).settings
+    cls = settings_class(name)
     types = {f.name: f.type for f in fields(cls)}
     parsed = {}
     for key, text in values.items():

@@ -43,6 +43,12 @@ def linears(module: nn.Module) -> dict[str, nn.Linear]:
     return {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
 
 
+def head_width(config: Any) -> int | None:
+    """Channels of one attention head by the text model's config, or None if it does not say."""
+    width, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    return getattr(config, "head_dim", None) or (width // heads if width and heads else None)
+
+
 @dataclass
 class Entry:
     """What enters the blocks for one batch: the hidden states, and each block's other arguments."""
