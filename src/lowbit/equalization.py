@@ -15,16 +15,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from lowbit.algorithms.awq import awq, relative_magnitude
+from lowbit.algorithms.compose import parse_method, settings_of
 from lowbit.algorithms.equalize import ChannelScale, Loss, channel_max, output_error, round_equalized, round_input
 from lowbit.algorithms.smoothquant import smoothquant
 from lowbit.model.fold import Fold, apply_fold, find_folds, float32_copy, float32_entry
 from lowbit.model.lockstep import Walk
-from lowbit.model.walk import Entry, InputGroup, linears
+from lowbit.model.walk import Blocks, Entry, InputGroup, capture_entries, head_width, linears
+from lowbit.recipe import Recipe
 from lowbit.scheme import Scheme
 from lowbit.stats import InputSummary
 
+PROBE_TOKENS = 16  # length of the random input that folds are proved on
 WINDOWS = 32  # calibration windows that the scales are chosen on
 UNPROVED = "no module that makes its input could be proved to take a scale"
 SAMPLE_ROWS = 1024  # tokens on which a linear's own output error is computed
@@ -154,6 +158,18 @@ class Equalizer:
             small = fold.reduce(folded.scale)
             rows[fold.start : fold.start + len(small)] = small
             result.rows[fold.producer] = rows
+
+
+def make_equalizer(
+    net: PreTrainedModel, blocks: Blocks, tokens: Tensor, recipe: Recipe, storage: torch.dtype, threads: int
+) -> Equalizer | None:
+    """For a recipe whose method equalizes, else None. What is outside the blocks, and the first one, must be loaded."""
+    method = parse_method(recipe.method)
+    if method.equalization is None:
+        return None
+    settings = settings_of(method, dict(recipe.set))[method.equalization]
+    (probe,) = capture_entries(net, blocks, [tokens[:1, :PROBE_TOKENS]])
+    return Equalizer(method.equalization, settings, probe, head_width(net.config.get_text_config()), threads, storage)
 
 
 def _rows_scale_freely(fold: Fold, schemes: Mapping[str, Scheme]) -> bool:

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowbit.algorithms.compose import parse_method, settings_of
+from lowbit.activations import static_scale
+from lowbit.algorithms.compose import parse_method
 from lowbit.artifact import MANIFEST, Work, check_output, check_same, clean, read_manifest, replaces
 from lowbit.calibration import Calibration, load_calibration
 from lowbit.console import note, track
-from lowbit.equalization import Equalized, Equalizer
+from lowbit.equalization import Equalized, Equalizer, make_equalizer
 from lowbit.errors import InputError
-from lowbit.formats.compressed_tensors import pack, unpack
+from lowbit.formats.compressed_tensors import pack, unpack, unpack_input
 from lowbit.manifest import document_of, finish_directory, shard_name, versions
 from lowbit.model.checkpoint import DEMO, Checkpoint, open_checkpoint
 from lowbit.model.load import (
@@ -38,14 +39,14 @@ from lowbit.model.load import (
     skeleton,
 )
 from lowbit.model.lockstep import Walk
-from lowbit.model.walk import Blocks, Entry, capture_entries, find_blocks, head_width, input_groups, linears
+from lowbit.model.walk import Blocks, Entry, capture_entries, find_blocks, input_groups, linears
 from lowbit.preflight import Plan, check_disk, make_plan
 from lowbit.recipe import Recipe
-from lowbit.rounding import UNREACHED, Rounded, Statistics, Units, round_linears
-from lowbit.scheme import Scheme, TensorScheme
+from lowbit.rounding import Rounded, Statistics, Units, block_line, round_linears
+from lowbit.scheme import Scheme
+from lowbit.tensor import InputGrid
 
 HELD_OUT = 16  # one batch in this many checks the method instead of feeding it
-PROBE_TOKENS = 16  # length of the random input that equalizations are proved on
 BATCH = 4  # windows a batch: the activations of a small model stay in the cache
 
 
@@ -120,7 +121,13 @@ class _Job:
         names = self.blocks.names
         dtype = compute_dtype()
         entries = [] if calibration is None else self._enter(calibration, dtype)
-        equalizer = self._equalizer(calibration)
+        equalizer = (
+            None
+            if calibration is None
+            else make_equalizer(
+                self.net, self.blocks, calibration.tokens, self.recipe, self.source.checkpoint.dtype, self.threads
+            )
+        )
         layers: list[dict[str, Any]] = []
         for index, name in enumerate(track(names, "quantizing blocks", len(names))):
             started = time.perf_counter()
@@ -136,7 +143,7 @@ class _Job:
                 self._replay(block, index, entries, shard)
             release(block)
             layers += report
-            note(_block_line(name, report, time.perf_counter() - started))
+            note(block_line(name, report, time.perf_counter() - started))
         self._write_rest()
         return layers
 
@@ -147,16 +154,6 @@ class _Job:
         for entry in entries[len(entries) - max(len(entries) // HELD_OUT, 1 if len(entries) > 1 else 0) :]:
             entry.held_out = True
         return entries
-
-    def _equalizer(self, calibration: Calibration | None) -> Equalizer | None:
-        """For a method that equalizes. The embeddings must be loaded."""
-        method = parse_method(self.recipe.method)
-        if method.equalization is None or calibration is None:
-            return None
-        settings = settings_of(method, dict(self.recipe.set))[method.equalization]
-        (probe,) = capture_entries(self.net, self.blocks, [calibration.tokens[:1, :PROBE_TOKENS]])
-        head_dim = head_width(self.net.config.get_text_config())
-        return Equalizer(method.equalization, settings, probe, head_dim, self.threads, self.source.checkpoint.dtype)
 
     def _equalize(self, equalizer: Equalizer | None, block: nn.Module, index: int, entries: list[Entry]) -> Equalized:
         """Choose the block's channel scales and put what they change into the block and in the checkpoint's place."""
@@ -179,7 +176,8 @@ class _Job:
         rounded: dict[str, Rounded] = {}
         if entries:
             groups = input_groups(block, entries[0], index)
-            walk = Walk(block, index, entries, groups, _activations(schemes), self.threads)
+            grids = _dynamic(schemes)
+            walk = Walk(block, index, entries, groups, grids, self.threads)
             for k, group in enumerate(groups):
                 wanted = [n for n in group.names if n in schemes]
                 if not wanted:
@@ -188,13 +186,24 @@ class _Job:
                 statistics = Statistics.collect(walk, k, width)
                 for scheme in dict.fromkeys(schemes[n] for n in wanted):
                     same = [n for n in wanted if schemes[n] == scheme]
-                    rounded |= self._round(block, name, same, scheme, statistics, equalized)
+                    results = self._round(block, name, same, scheme, statistics, equalized)
+                    if scheme.static and scheme.activation:
+                        weights = [self.stored(f"{name}.{n}.weight") for n in same]
+                        scale = static_scale(walk, k, weights, scheme, self.source.checkpoint.dtype)
+                        results = {n: replace(r, input_scale=scale) for n, r in results.items()}
+                        grids.update({n: InputGrid(scheme.activation, scale) for n in same if scale is not None})
+                    rounded |= results
             for entry, hidden in zip(entries, walk.finish(), strict=True):
                 entry.hidden = hidden
         for local, scheme in schemes.items():
             if local not in rounded:  # no calibration data, or none that reached it
                 empty = Statistics.empty(linears(block)[local].in_features) if entries else None
                 rounded |= self._round(block, name, [local], scheme, empty, equalized)
+            if scheme.static and rounded[local].input_scale is None:
+                raise InputError(
+                    f"{name}.{local}: no calibration token reached it, so its input's scale for {scheme} is unknown: "
+                    f"calibrate on more text, or override it with a scheme whose scales are found at run time."
+                )
         return {local: rounded[local] for local in schemes}
 
     def _round(
@@ -229,7 +238,9 @@ class _Job:
         for local, parameter in block.named_parameters():  # norms and biases that an equalization changed
             if f"{name}.{local}" in tensors and local.removesuffix(".weight") not in schemes:
                 parameter.data = tensors[f"{name}.{local}"].to(parameter.dtype)
-        walk = Walk(block, index, entries, (), _activations(schemes), self.threads)
+        inputs = {n: unpack_input(f"{name}.{n}", tensors.__getitem__, s) for n, s in schemes.items()}
+        grids = {n: grid for n, grid in inputs.items() if grid is not None}
+        walk = Walk(block, index, entries, (), grids, self.threads)
         for entry, hidden in zip(entries, walk.finish(), strict=True):
             entry.hidden = hidden
 
@@ -242,7 +253,8 @@ class _Job:
             t: self.stored(t) for t in checkpoint.tensors if t.startswith(name + ".") and t not in packed
         }
         for local, result in rounded.items():
-            tensors |= pack(f"{name}.{local}", result.quantized, self.plan.schemes[f"{name}.{local}"])
+            scheme = self.plan.schemes[f"{name}.{local}"]
+            tensors |= pack(f"{name}.{local}", result.quantized, scheme, result.input_scale)
         self.work.write_shard(shard, tensors)
         read = safetensors.torch.load_file(self.work.path / shard)
         for local, result in rounded.items():
@@ -262,15 +274,18 @@ class _Job:
 
 def find_calibration(checkpoint: Checkpoint, recipe: Recipe) -> Calibration | None:
     """The windows the recipe asks for, or None for a method that needs none. Raises InputError as documented there."""
-    if not parse_method(recipe.method).needs_calibration and recipe.calibration is None:
+    schemes = [Scheme.parse(s) for s in (recipe.scheme, *(s for _, s in recipe.override))]
+    needed = parse_method(recipe.method).needs_calibration or any(s.static for s in schemes)
+    if not needed and recipe.calibration is None:
         return None
     source = recipe.calibration
     if source is None and checkpoint.path == DEMO / "model":
         source = str(DEMO / "calibration.txt")
     if source is None:
+        what = f"method {recipe.method!r}" if parse_method(recipe.method).needs_calibration else "a static scheme"
         raise InputError(
-            f"method {recipe.method!r} needs text to calibrate on: --calibration FILE (.txt or .jsonl, best from the "
-            "domain the model will be used in), or hub:NAME."
+            f"{what} needs text to calibrate on: --calibration FILE (.txt or .jsonl, best from the domain the model "
+            "will be used in), or hub:NAME."
         )
     limit = checkpoint.config.get("max_position_embeddings")
     if isinstance(limit, int) and recipe.seq_len > limit:
@@ -291,20 +306,6 @@ def _put(block: nn.Module, local: str, weight: Tensor) -> None:
     linears(block)[local].weight = nn.Parameter(weight, requires_grad=False)
 
 
-def _activations(schemes: Mapping[str, Scheme]) -> dict[str, TensorScheme]:
-    return {name: s.activation for name, s in schemes.items() if s.activation is not None}
-
-
-def _block_line(name: str, report: list[dict[str, Any]], seconds: float) -> str:
-    loss, plain = (sum(r[k] for r in report if r[k] is not None) for k in ("loss", "loss_rtn"))
-    text = f"{name}: {len(report)} linears, {seconds:.1f} s"
-    if plain:
-        text += f", output error {loss / plain:.0%} of rtn's"
-    unreached = [r["name"] for r in report if r["fallback"] == UNREACHED]
-    unproved = [r["name"].split(".")[-1] for r in report if (r.get("equalization") or {}).get("reason")]
-    if unproved:
-        text += f", not equalized (nothing provably takes the scale): {', '.join(unproved)}"
-    others = [f"{r['name']}: {r['fallback']}" for r in report if r["fallback"] and r["fallback"] != UNREACHED]
-    if unreached:
-        others.append(f"{len(unreached)} linears were reached by no calibration token ({unreached[0]}, ...): rtn")
-    return "\n  ".join([text, *others])
+def _dynamic(schemes: Mapping[str, Scheme]) -> dict[str, InputGrid]:
+    """The grids of inputs that are rounded with scales found at run time."""
+    return {n: InputGrid(s.activation) for n, s in schemes.items() if s.activation is not None and not s.static}

@@ -9,6 +9,7 @@ from torch import nn
 
 from lowbit.algorithms.compose import parse_method, settings_of
 from lowbit.errors import InputError
+from lowbit.formats.compressed_tensors import code_bits
 from lowbit.model.checkpoint import Checkpoint
 from lowbit.model.walk import Blocks, linears
 from lowbit.numerics import scale_shape
@@ -77,7 +78,7 @@ def _output_bytes(modules: Mapping[str, nn.Linear], schemes: Mapping[str, Scheme
             for size in scale_shape(scheme.weight, (modules[name].out_features, modules[name].in_features)):
                 scales *= size
             total -= checkpoint.tensors[f"{name}.weight"].nbytes
-            total += weights * scheme.weight.bits // 8 + scales * 3
+            total += weights * code_bits(scheme) // 8 + scales * 3
     return total
 
 

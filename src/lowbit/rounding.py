@@ -19,6 +19,7 @@ from lowbit.algorithms.awq import clipped_rtn
 from lowbit.algorithms.compose import parse_method, settings_of
 from lowbit.algorithms.rtn import rtn
 from lowbit.errors import InputError
+from lowbit.formats.compressed_tensors import code_bits
 from lowbit.model.lockstep import Walk
 from lowbit.model.walk import Entry
 from lowbit.recipe import Recipe
@@ -36,6 +37,7 @@ class Rounded:
 
     quantized: QuantizedTensor
     report: dict[str, Any]
+    input_scale: Tensor | None = None  # [1], for stored activation scales
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,7 @@ def round_linears(
         report = {
             "name": name,
             "scheme": str(scheme),
-            "bits": chosen.stored_bits / chosen.codes.numel(),
+            "bits": chosen.stored_bits / chosen.codes.numel() + code_bits(scheme) - grid.bits,
             "weights": chosen.codes.numel(),
             "loss_rtn": loss_rtn,
             "loss": loss,
@@ -208,3 +210,19 @@ def _apply(
     except ValueError as error:
         return plain, noted, f"{error}: rtn"
     return result, noted | notes, None
+
+
+def block_line(name: str, report: list[dict[str, Any]], seconds: float) -> str:
+    """What the console shows of a finished block."""
+    loss, plain = (sum(r[k] for r in report if r[k] is not None) for k in ("loss", "loss_rtn"))
+    text = f"{name}: {len(report)} linears, {seconds:.1f} s"
+    if plain:
+        text += f", output error {loss / plain:.0%} of rtn's"
+    unreached = [r["name"] for r in report if r["fallback"] == UNREACHED]
+    unproved = [r["name"].split(".")[-1] for r in report if (r.get("equalization") or {}).get("reason")]
+    if unproved:
+        text += f", not equalized (nothing provably takes the scale): {', '.join(unproved)}"
+    others = [f"{r['name']}: {r['fallback']}" for r in report if r["fallback"] and r["fallback"] != UNREACHED]
+    if unreached:
+        others.append(f"{len(unreached)} linears were reached by no calibration token ({unreached[0]}, ...): rtn")
+    return "\n  ".join([text, *others])

@@ -68,7 +68,9 @@ def round_input(x: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
     """Q(x / s) · s for x (..., in): unchanged where the scheme leaves activations alone."""
     if scheme.activation is None:
         return x
-    return fake_quantize_activation(x / scale, scheme.activation) * scale
+    smooth = x / scale
+    stored = smooth.abs().max().clamp(min=1e-30) / scheme.activation.qmax if scheme.static else None
+    return fake_quantize_activation(smooth, scheme.activation, stored) * scale
 
 
 def output_error(

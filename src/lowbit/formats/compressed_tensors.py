@@ -3,8 +3,11 @@
 pack-quantized    integer weights alone: weight_packed int32, the codes of a row as one dense little-endian
                   stream of b-bit fields (code + 2^(b-1)), padded to a word; weight_scale (out, groups) in the
                   model's dtype; weight_shape int64[2]; asymmetric: weight_zero_point packed down the rows
-int-quantized     int8 weights with int8 activations: weight int8, weight_scale (out, 1)
+                  (also 4-bit weights with FP8 activations, which is how vLLM's kernel wants them)
+int-quantized     integer weights with int8 activations: weight int8 (4-bit codes too), weight_scale (out, 1 or groups)
 float-quantized   FP8 weights: weight float8_e4m3fn, weight_scale (out, 1), [1] or one per 128 x 128 block
+
+Static activations add input_scale [1] in the model's dtype.
 
 code 0 1 2 ...  at 4 bits:   word 0 = c0 | c1 << 4 | c2 << 8 ...   3 bits: c10 straddles words 0 and 1
 """
@@ -19,15 +22,21 @@ from torch import Tensor
 
 from lowbit.errors import InputError
 from lowbit.numerics import scale_shape
-from lowbit.scheme import Scheme, TensorScheme
-from lowbit.tensor import QuantizedTensor
+from lowbit.scheme import Granularity, Scheme, TensorScheme
+from lowbit.tensor import InputGrid, QuantizedTensor
 
 
 def format_of(scheme: Scheme) -> str:
     assert scheme.weight is not None
     if scheme.weight.kind == "float":
         return "float-quantized"
-    return "pack-quantized" if scheme.activation is None else "int-quantized"
+    return "int-quantized" if scheme.activation is not None and scheme.activation.kind == "int" else "pack-quantized"
+
+
+def code_bits(scheme: Scheme) -> int:
+    """Bits that a code of this scheme takes in the file."""
+    assert scheme.weight is not None
+    return scheme.weight.bits if format_of(scheme) == "pack-quantized" else 8
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -47,12 +56,14 @@ def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
     return signed.to(torch.int8)
 
 
-def pack(name: str, quantized: QuantizedTensor, scheme: Scheme) -> dict[str, Tensor]:
+def pack(name: str, quantized: QuantizedTensor, scheme: Scheme, input_scale: Tensor | None = None) -> dict[str, Tensor]:
     """The tensors of linear `name` as they go into the safetensors file."""
     scale = quantized.scale
     if quantized.scheme.granularity == "tensor":
         scale = scale.reshape(1)
     tensors = {f"{name}.weight_scale": scale}
+    if input_scale is not None:
+        tensors[f"{name}.input_scale"] = input_scale.reshape(1)
     if format_of(scheme) != "pack-quantized":
         tensors[f"{name}.weight"] = quantized.codes
         return tensors
@@ -98,6 +109,16 @@ def unpack(name: str, get: Callable[[str], Tensor], scheme: Scheme) -> Quantized
         else:
             zero = unpack_bits(zero.T.contiguous(), weight.bits, where[0]).T.contiguous()
     return QuantizedTensor(codes, scale.reshape(where), zero, weight)
+
+
+def unpack_input(name: str, get: Callable[[str], Tensor], scheme: Scheme) -> InputGrid | None:
+    """How the input of linear `name` is rounded, or None. Raises InputError for a stored scale that is no scale."""
+    if scheme.activation is None or not scheme.static:
+        return None if scheme.activation is None else InputGrid(scheme.activation)
+    scale = get(f"{name}.input_scale")
+    if scale.numel() != 1 or not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
+        raise InputError(f"{name}.input_scale is {scale.tolist()}: expected one positive number.")
+    return InputGrid(scheme.activation, scale.reshape(1))
 
 
 def quantization_config(schemes: Mapping[str, Scheme]) -> dict[str, Any]:
@@ -150,12 +171,12 @@ def _activation_args(scheme: TensorScheme | None) -> dict[str, Any] | None:
         "num_bits": scheme.bits,
         "type": scheme.kind,
         "symmetric": True,
-        "strategy": "token",
+        "strategy": scheme.granularity,
         "group_size": None,
         "block_structure": None,
-        "dynamic": True,
+        "dynamic": scheme.granularity == "token",
         "actorder": None,
-        "observer": None,
+        "observer": None if scheme.granularity == "token" else "minmax",
         "observer_kwargs": {},
     }
 
@@ -193,6 +214,8 @@ def _scheme(group: Mapping[str, Any]) -> Scheme:
         raise InputError(f"cannot read {weight.bits}-bit {weight.kind} weights with strategy {weight.granularity!r}.")
     if a is None:
         return Scheme(weight)
-    if not a.get("dynamic") or a.get("strategy") != "token":
+    kinds: dict[tuple[Any, Any], Granularity] = {("token", True): "token", ("tensor", False): "tensor"}
+    kind = kinds.get((a.get("strategy"), a.get("dynamic")))
+    if kind is None or not a.get("symmetric", True):
         raise InputError(f"cannot read activations with strategy {a.get('strategy')!r}, dynamic={a.get('dynamic')}.")
-    return Scheme(weight, TensorScheme(a["type"], a["num_bits"], "token"))
+    return Scheme(weight, TensorScheme(a["type"], a["num_bits"], kind))

@@ -14,11 +14,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils import logging as hf_logging
 
 from lowbit.errors import InputError
-from lowbit.formats.compressed_tensors import read_schemes, unpack
+from lowbit.formats.compressed_tensors import read_schemes, unpack, unpack_input
 from lowbit.model.checkpoint import Checkpoint
 from lowbit.model.walk import Blocks
 from lowbit.scheme import Scheme
-from lowbit.tensor import QuantizedTensor
+from lowbit.tensor import InputGrid, QuantizedTensor
 
 
 def skeleton(checkpoint: Checkpoint) -> PreTrainedModel:
@@ -106,6 +106,10 @@ class Source:
     def linear(self, name: str) -> QuantizedTensor | None:
         """The quantized weight of linear `name`, or None if it is stored as it was."""
         return unpack(name, self.checkpoint.get, self.schemes[name]) if name in self.schemes else None
+
+    def input_grid(self, name: str) -> InputGrid | None:
+        """How the input of linear `name` is rounded, or None if it is not."""
+        return unpack_input(name, self.checkpoint.get, self.schemes[name]) if name in self.schemes else None
 
 
 def open_source(model: nn.Module, checkpoint: Checkpoint) -> Source:

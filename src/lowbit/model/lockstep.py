@@ -13,8 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.model.walk import Entry, InputGroup, linears
-from lowbit.numerics import fake_quantize_activation
-from lowbit.scheme import TensorScheme
+from lowbit.tensor import InputGrid
 
 T = TypeVar("T")
 
@@ -43,9 +42,10 @@ class Lockstep:
         index: int,
         entries: list[Entry],
         groups: Sequence[InputGroup],
-        activations: Mapping[str, TensorScheme],
+        activations: Mapping[str, InputGrid],
     ) -> None:
-        """`activations`: the grid that a linear's input is rounded to once its weight is quantized, by local name."""
+        """`activations`: the grid that a linear's input is rounded to once its weight is quantized, by local name;
+        looked up when the linear is called, so that a pause can add to it."""
         self._main = greenlet.getcurrent()
         self._walkers = [_Walker(lambda e=e: e.run(block, index)) for e in entries]
         for walker, entry in zip(self._walkers, entries, strict=True):
@@ -53,11 +53,11 @@ class Lockstep:
         modules = linears(block)
         group_of = {name: k for k, group in enumerate(groups) for name in group.names}
         self._handles = [
-            module.register_forward_pre_hook(self._pause_and_round(group_of.get(name), activations.get(name)))
+            module.register_forward_pre_hook(self._pause_and_round(group_of.get(name), name, activations))
             for name, module in modules.items()
         ]
 
-    def _pause_and_round(self, k: int | None, grid: TensorScheme | None) -> Any:
+    def _pause_and_round(self, k: int | None, name: str, activations: Mapping[str, InputGrid]) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             walker = greenlet.getcurrent()
             if not isinstance(walker, _Walker) or walker.lockstep is not self:
@@ -66,7 +66,8 @@ class Lockstep:
                 walker.passed.add(k)
                 walker.waiting = (k, args[0])
                 self._main.switch(None)
-            return None if grid is None else (fake_quantize_activation(args[0], grid), *args[1:])
+            grid = activations.get(name)
+            return None if grid is None else (grid.round(args[0]), *args[1:])
 
         return hook
 
@@ -118,7 +119,7 @@ class Walk:
         index: int,
         entries: list[Entry],
         groups: Sequence[InputGroup],
-        activations: Mapping[str, TensorScheme],
+        activations: Mapping[str, InputGrid],
         threads: int,
     ) -> None:
         size = -(-len(entries) // threads)
