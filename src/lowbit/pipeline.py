@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lowbit.activations import static_scale
-from lowbit.algorithms.compose import parse_method
+from lowbit.algorithms.compose import parse_method, settings_of
 from lowbit.artifact import MANIFEST, Work, check_output, check_same, clean, read_manifest, replaces
 from lowbit.calibration import Calibration, load_calibration
 from lowbit.console import note, track
@@ -39,6 +39,7 @@ from lowbit.model.load import (
     skeleton,
 )
 from lowbit.model.lockstep import Walk
+from lowbit.model.rotate import rotate
 from lowbit.model.walk import Blocks, Entry, capture_entries, find_blocks, input_groups, linears
 from lowbit.preflight import Plan, check_disk, make_plan
 from lowbit.recipe import Recipe
@@ -88,8 +89,12 @@ def quantize(
         check_same(output, manifest["identity"], identity)
         clean(output)
         return {**manifest["summary"], "output": str(output), "layers": manifest["layers"]}
+    method = parse_method(recipe.method)
+    view = checkpoint
+    if method.rotation is not None:
+        view = rotate(checkpoint, settings_of(method, dict(recipe.set))[method.rotation], recipe.seed)
     work = Work(output, identity, resume=resume, force=force)
-    job = _Job(net, open_source(net, checkpoint), blocks, plan, recipe, work, torch.get_num_threads())
+    job = _Job(net, open_source(net, view), blocks, plan, recipe, work, torch.get_num_threads())
     layers = job.run(calibration)
     document = document_of(output, recipe, layers, time.perf_counter() - start)
     finish_directory(work, checkpoint, plan.schemes, recipe, calibration, identity, document)

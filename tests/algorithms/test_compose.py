@@ -18,6 +18,9 @@ from lowbit.errors import InputError
         ("awq+rtn", ("awq", "rtn"), True),
         ("awq+gptq", ("awq", "gptq"), True),
         ("smoothquant+gptq", ("smoothquant", "gptq"), True),
+        ("hadamard", ("hadamard", "rtn"), False),
+        ("hadamard+gptq", ("hadamard", "gptq"), True),
+        ("hadamard+awq+gptq", ("hadamard", "awq", "gptq"), True),
     ],
 )
 def test_parts_in_order(text: str, parts: tuple[str, ...], needs_calibration: bool) -> None:
@@ -33,6 +36,8 @@ def test_parts_in_order(text: str, parts: tuple[str, ...], needs_calibration: bo
         ("rtn+gptq", "rtn and gptq: a weight is rounded once. Keep one"),
         ("gptq+gptq", "a weight is rounded once"),
         ("gptq+awq", r"the order is rotate, equalize, round: write 'awq\+gptq'"),
+        ("gptq+hadamard", r"write 'hadamard\+gptq'"),
+        ("hadamard+hadamard", "the second rotation would turn the axes"),
         ("aqw+gptq", "unknown method 'aqw'. Did you mean awq"),
         ("awq+", "unknown method ''"),
         ("", "unknown method ''"),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lowbit.algorithms.awq import AWQSettings
 from lowbit.algorithms.gptq import GPTQSettings, gptq
+from lowbit.algorithms.hadamard import HadamardSettings
 from lowbit.algorithms.rtn import RTNSettings, rtn
 from lowbit.algorithms.smoothquant import SmoothQuantSettings
 from lowbit.errors import InputError, nearest
@@ -48,7 +49,7 @@ METHODS = {
     "gptq": Method(_gptq, GPTQSettings, needs_calibration=True),
 }
 EQUALIZATIONS: dict[str, type] = {"awq": AWQSettings, "smoothquant": SmoothQuantSettings}
-ROTATIONS: dict[str, type] = {}
+ROTATIONS: dict[str, type] = {"hadamard": HadamardSettings}
 
 
 def find_method(name: str) -> Method:

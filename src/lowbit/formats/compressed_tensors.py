@@ -63,7 +63,7 @@ def pack(name: str, quantized: QuantizedTensor, scheme: Scheme, input_scale: Ten
         scale = scale.reshape(1)
     tensors = {f"{name}.weight_scale": scale}
     if input_scale is not None:
-        tensors[f"{name}.input_scale"] = input_scale.reshape(1)
+        tensors[f"{name}.input_scale"] = input_scale.reshape(1).clone()  # linears of one input share it
     if format_of(scheme) != "pack-quantized":
         tensors[f"{name}.weight"] = quantized.codes
         return tensors

@@ -214,15 +214,27 @@ def _holds(twin: nn.Module, probe: Entry, index: int, trace: _Trace, fold: Fold,
     width = linears(twin)[fold.consumers[0]].in_features
     scale = fold.spread(torch.exp2(torch.rand(width // fold.repeat, generator=generator) * 4 - 2))
     folded = apply_fold(fold, scale, twin.get_parameter, torch.float32)
-    before = {name: twin.get_parameter(name).data for name in folded.tensors}
+    return _unchanged(twin, probe, index, trace, folded.tensors, fold.producer)
+
+
+def unchanged(twin: nn.Module, probe: Entry, index: int, tensors: Mapping[str, Tensor], producer: str) -> bool:
+    """Whether a float32 block with other parameter values (by name) computes the same: its result, and the outputs of
+    all linears but `producer`. `probe` is a float32 entry."""
+    return _unchanged(twin, probe, index, _Trace.of(twin, probe, index), tensors, producer)
+
+
+def _unchanged(
+    twin: nn.Module, probe: Entry, index: int, trace: _Trace, tensors: Mapping[str, Tensor], producer: str
+) -> bool:
+    before = {name: twin.get_parameter(name).data for name in tensors}
     try:
-        for name, value in folded.tensors.items():
+        for name, value in tensors.items():
             twin.get_parameter(name).data = value
         after = _Trace.of(twin, probe, index)
     finally:
         for name, value in before.items():
             twin.get_parameter(name).data = value
-    pairs = [(trace.outputs[n], after.outputs[n]) for n in trace.outputs if n != fold.producer]
+    pairs = [(trace.outputs[n], after.outputs[n]) for n in trace.outputs if n != producer]
     return all(_same(a, b) for a, b in [*pairs, (trace.result, after.result)])
 
 
