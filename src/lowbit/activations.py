@@ -19,6 +19,10 @@ from lowbit.numerics import fake_quantize_activation, storable
 from lowbit.scheme import Scheme, TensorScheme
 from lowbit.stats import InputSummary
 
+UNKNOWN_SCALE = (
+    "no calibration token reached it, so the stored scale of its input is unknown: calibrate on more text, or override "
+    "it with a scheme whose scales are found at run time."
+)
 _FRACTIONS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 _SAMPLE_ROWS = 4096
 

@@ -36,7 +36,7 @@ SAMPLE_ROWS = 1024  # tokens on which a linear's own output error is computed
 
 @dataclass(frozen=True)
 class Equalized:
-    """A block after equalization. All names are local to the block.
+    """A block after equalization. All names are full ones.
 
     tensors   what replaces the checkpoint's: float32 for weights to be quantized, the storage dtype for the rest
     columns   linear -> (in,) what its input was divided by;  rows: linear -> (out,) what its output was divided by
@@ -63,16 +63,18 @@ class Equalizer:
     def equalize(
         self,
         block: nn.Module,
+        name: str,
         index: int,
         entries: list[Entry],
         schemes: Mapping[str, Scheme],
         stored: Callable[[str], Tensor],
     ) -> Equalized:
-        """Choose and fold all scales of a block. `stored` gives a parameter by local name as the checkpoint has it."""
-        result = Equalized()
-        twin = float32_copy(block, {name: stored(name) for name, _ in block.named_parameters()})
+        """Choose all scales of the block called `name` and fold them, into the block too. `schemes` are by local name,
+        `stored` gives a parameter by its full one as the checkpoint has it."""
+        result = Equalized()  # by local names until the end
+        twin = float32_copy(block, {local: stored(f"{name}.{local}") for local, _ in block.named_parameters()})
         folds, left = find_folds(twin, float32_entry(self.probe), index, self.head_dim)
-        result.report.update({name: {"producer": None, "reason": UNPROVED} for name in left})
+        result.report.update({local: {"producer": None, "reason": UNPROVED} for local in left})
         folds = [f for f in folds if any(n in schemes for n in f.consumers) and _rows_scale_freely(f, schemes)]
         train = [e for e in entries if not e.held_out]
         per_entry = max(len(train[0].hidden), 1)
@@ -93,10 +95,13 @@ class Equalizer:
             if choice.scale is not None:
                 self._fold(twin, fold, fold.spread(fold.reduce(choice.scale)), result)
         quantized = {f"{n}.weight" for n in schemes}
-        for name, value in result.tensors.items():
-            if name not in quantized:
-                result.tensors[name] = value.to(self.storage)
-        return result
+        for local, value in result.tensors.items():
+            if local not in quantized:
+                result.tensors[local] = value.to(self.storage)
+            parameter = block.get_parameter(local)
+            parameter.data = result.tensors[local].to(parameter.dtype)
+        parts: tuple[dict[str, Any], ...] = (result.tensors, result.columns, result.rows, result.report)
+        return Equalized(*({f"{name}.{local}": value for local, value in part.items()} for part in parts))
 
     def _summaries(self, block: nn.Module, index: int, some: list[Entry], folds: list[Fold]) -> list[InputSummary]:
         """What enters each fold's consumers, over some batches."""

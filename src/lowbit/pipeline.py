@@ -18,12 +18,12 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowbit.activations import static_scale
+from lowbit.activations import UNKNOWN_SCALE, static_scale
 from lowbit.algorithms.compose import parse_method, settings_of
 from lowbit.artifact import MANIFEST, Work, check_output, check_same, clean, read_manifest, replaces
 from lowbit.calibration import Calibration, load_calibration
 from lowbit.console import note, track
-from lowbit.equalization import Equalized, Equalizer, make_equalizer
+from lowbit.equalization import Equalized, make_equalizer
 from lowbit.errors import InputError
 from lowbit.formats.compressed_tensors import pack, unpack, unpack_input
 from lowbit.manifest import document_of, finish_directory, shard_name, versions
@@ -102,9 +102,9 @@ def quantize(
     return document
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Job:
-    """The parts that the loop over blocks works with."""
+    """The parts that the loop over blocks works with, and what equalization made of the present block."""
 
     net: PreTrainedModel
     source: Source
@@ -113,13 +113,12 @@ class _Job:
     recipe: Recipe
     work: Work
     threads: int
-    changed: dict[str, Tensor] = field(
-        default_factory=dict
-    )  # what a block's equalization put in the checkpoint's place
+    equalized: Equalized = field(default_factory=Equalized)
 
     def stored(self, name: str) -> Tensor:
         """A tensor as it is to be quantized or copied."""
-        return self.changed[name] if name in self.changed else self.source.checkpoint.get(name)
+        changed = self.equalized.tensors
+        return changed[name] if name in changed else self.source.checkpoint.get(name)
 
     def run(self, calibration: Calibration | None) -> list[dict[str, Any]]:
         """Quantize every block in order, or read it back if it is finished. Returns one report a linear."""
@@ -140,10 +139,13 @@ class _Job:
             block = materialize(self.net, name, self.source, dtype)
             report = self.work.report(shard)
             if report is None:
-                equalized = self._equalize(equalizer, block, index, entries)
-                rounded = self._round_block(block, index, entries, equalized)
+                if equalizer is not None:
+                    schemes = self.plan.quantized(name)
+                    self.equalized = equalizer.equalize(
+                        block, name, index, entries, schemes, self.source.checkpoint.get
+                    )
+                rounded = self._round_block(block, index, entries)
                 report = self._write(shard, name, rounded)
-                self.changed.clear()
             elif entries:
                 self._replay(block, index, entries, shard)
             release(block)
@@ -160,21 +162,7 @@ class _Job:
             entry.held_out = True
         return entries
 
-    def _equalize(self, equalizer: Equalizer | None, block: nn.Module, index: int, entries: list[Entry]) -> Equalized:
-        """Choose the block's channel scales and put what they change into the block and in the checkpoint's place."""
-        if equalizer is None or not entries:
-            return Equalized()
-        name = self.blocks.names[index]
-        schemes = self.plan.quantized(name)
-        result = equalizer.equalize(block, index, entries, schemes, lambda n: self.source.checkpoint.get(f"{name}.{n}"))
-        for local, value in result.tensors.items():
-            self.changed[f"{name}.{local}"] = value
-            block.get_parameter(local).data = value.to(block.get_parameter(local).dtype)
-        return result
-
-    def _round_block(
-        self, block: nn.Module, index: int, entries: list[Entry], equalized: Equalized
-    ) -> dict[str, Rounded]:
+    def _round_block(self, block: nn.Module, index: int, entries: list[Entry]) -> dict[str, Rounded]:
         """Every planned linear of the block, by local name; the entries' hidden states move past the block."""
         name = self.blocks.names[index]
         schemes = self.plan.quantized(name)
@@ -191,7 +179,7 @@ class _Job:
                 statistics = Statistics.collect(walk, k, width)
                 for scheme in dict.fromkeys(schemes[n] for n in wanted):
                     same = [n for n in wanted if schemes[n] == scheme]
-                    results = self._round(block, name, same, scheme, statistics, equalized)
+                    results = self._round(block, name, same, scheme, statistics)
                     if scheme.static and scheme.activation:
                         weights = [self.stored(f"{name}.{n}.weight") for n in same]
                         scale = static_scale(walk, k, weights, scheme, self.source.checkpoint.dtype)
@@ -203,32 +191,23 @@ class _Job:
         for local, scheme in schemes.items():
             if local not in rounded:  # no calibration data, or none that reached it
                 empty = Statistics.empty(linears(block)[local].in_features) if entries else None
-                rounded |= self._round(block, name, [local], scheme, empty, equalized)
+                rounded |= self._round(block, name, [local], scheme, empty)
             if scheme.static and rounded[local].input_scale is None:
-                raise InputError(
-                    f"{name}.{local}: no calibration token reached it, so its input's scale for {scheme} is unknown: "
-                    f"calibrate on more text, or override it with a scheme whose scales are found at run time."
-                )
+                raise InputError(f"{name}.{local}: {UNKNOWN_SCALE}")
         return {local: rounded[local] for local in schemes}
 
     def _round(
-        self,
-        block: nn.Module,
-        name: str,
-        same: list[str],
-        scheme: Scheme,
-        statistics: Statistics | None,
-        equalized: Equalized,
+        self, block: nn.Module, name: str, same: list[str], scheme: Scheme, statistics: Statistics | None
     ) -> dict[str, Rounded]:
         """Round linears of one input and scheme from their stored weights, and put the results into the block."""
         weights = {f"{name}.{n}": self.stored(f"{name}.{n}.weight") for n in same}
-        units = {f"{name}.{n}": Units(equalized.columns.get(n), equalized.rows.get(n)) for n in same}
+        units = {n: Units(self.equalized.columns.get(n), self.equalized.rows.get(n)) for n in weights}
         dtype = self.source.checkpoint.dtype
         results = round_linears(weights, scheme, statistics, self.recipe, dtype, units)
         by_local = {n: results[f"{name}.{n}"] for n in same}
         for local, result in by_local.items():
-            if local in equalized.report:
-                result.report["equalization"] = equalized.report[local]
+            if self.equalized.report:
+                result.report["equalization"] = self.equalized.report.get(f"{name}.{local}")
             _put(block, local, result.quantized.dequantize(linears(block)[local].weight.dtype))
         return by_local
 
