@@ -6,10 +6,14 @@ from lowbit.errors import InputError
 from lowbit.scheme import EXAMPLES, PRESETS, Scheme, TensorScheme
 
 granularities = st.one_of(st.just(""), st.just("-channel"), st.just("-tensor"), st.integers(1, 4096).map("-g{}".format))
+MIXED = [
+    "w8a8", "w8a8-channel", "w8a8-tensor", "w8a8-static", "w8a8-tensor-static", "w4a8", "w4a8-g32", "w4a8-channel",
+    "w4afp8", "w4afp8-g64", "w4afp8-channel", *PRESETS,
+]  # fmt: skip
 weight_only = st.builds("w{}a16{}{}".format, st.integers(2, 8), granularities, st.sampled_from(["", "-asym"]))
 midrise = st.builds("w{}a16{}-midrise".format, st.integers(2, 4), st.sampled_from(["", "-g64", "-channel"]))
 tables = st.sampled_from(["nf4", "nf4-g128", "any4", "any3-g64", "any2"])
-strings = st.one_of(weight_only, midrise, tables, st.sampled_from(["w8a8", "w8a8-channel", "w8a8-tensor", *PRESETS]))
+strings = st.one_of(weight_only, midrise, tables, st.sampled_from(MIXED))
 
 
 @given(strings)
@@ -59,7 +63,33 @@ def test_nonsense_lists_what_is_known(text: str) -> None:
         Scheme.parse(text)
 
 
-@pytest.mark.parametrize("text", ["w4a8", "w8a8-g128", "w8a8-asym"])
+def test_static_and_mixed_schemes() -> None:
+    token, tensor = TensorScheme("int", 8, "token"), TensorScheme("int", 8, "tensor")
+    assert Scheme.parse("w8a8-static") == Scheme(TensorScheme("int", 8, "channel"), tensor)
+    assert Scheme.parse("w8a8-static").static
+    assert not Scheme.parse("w8a8").static
+    assert Scheme.parse("w4a8") == Scheme(TensorScheme("int", 4, "group", 128), token)
+    assert Scheme.parse("w4afp8-g64") == Scheme(TensorScheme("int", 4, "group", 64), TensorScheme("float", 8, "token"))
+    assert Scheme.parse("fp8-static").activation == TensorScheme("float", 8, "tensor")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("w3a8", "int8 activations go with 8- or 4-bit weights"),
+        ("w8afp8", "FP8 ones with 4-bit weights"),
+        ("w4a8-asym", "no zero points: drop -asym"),
+        ("w4a8-static", "stored activation scales .* come with w8a8 and fp8"),
+        ("w4a16-static", "stored activation scales"),
+        ("w4afp8-static", "stored activation scales"),
+    ],
+)
+def test_mixed_schemes_that_are_refused(text: str, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Scheme.parse(text)
+
+
+@pytest.mark.parametrize("text", ["w8a8-g128", "w8a8-asym"])
 def test_int8_activations_need_int8_weights_scaled_by_row(text: str) -> None:
     with pytest.raises(InputError, match="one integer product is scaled once per row"):
         Scheme.parse(text)

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowbit.algorithms import METHODS, make_settings
+from lowbit.algorithms import METHODS
+from lowbit.algorithms.compose import parse_method, settings_of
 from lowbit.console import note
 from lowbit.memory import Memory
 from lowbit.model.load import compute_dtype
@@ -77,7 +78,9 @@ def _seconds(model: nn.Module, plan: Plan, recipe: Recipe, tokens: int, *, fruga
 
 def _rounding_seconds(shape: torch.Size, grid: TensorScheme, recipe: Recipe) -> float:
     """A weight, measured on a slice of that shape: rounding is nearly linear in the rows."""
-    method, settings = METHODS[recipe.method], make_settings(recipe.method, dict(recipe.set))
+    composition = parse_method(recipe.method)
+    method = METHODS[composition.rounding]
+    settings = settings_of(composition, dict(recipe.set))[composition.rounding]
     rows, columns = shape if grid.granularity == "block" else (min(_SLICE[0], shape[0]), _columns(shape[1], grid))
     weight = torch.randn(rows, columns)
     curvature = torch.eye(columns) if method.needs_calibration else None

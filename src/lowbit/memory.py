@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import psutil
 from torch import nn
 
-from lowbit.algorithms import METHODS
+from lowbit.algorithms.compose import parse_method
 from lowbit.console import note
 from lowbit.errors import InputError
 from lowbit.model.load import compute_dtype
@@ -61,7 +61,7 @@ def estimate_memory(model: nn.Module, blocks: Blocks, recipe: Recipe, threads: i
     shapes = [(m.out_features, m.in_features) for n, m in linears(model).items() if n.startswith(block + ".")]
     hidden = min(width for _, width in shapes)
     inner = max(width for _, width in shapes)
-    calibrates = METHODS[recipe.method].needs_calibration or recipe.calibration is not None
+    calibrates = parse_method(recipe.method).needs_calibration or recipe.calibration is not None
     tokens = recipe.samples * recipe.seq_len if calibrates else 0
     # one group: its rows stacked, min-max result, searched result, error; its statistics, train and held out
     rounding = max(rows * width for rows, width in shapes) * _COPIES * 4

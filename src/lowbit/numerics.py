@@ -215,12 +215,16 @@ def choose_qparams(
     return qparams_from_range(tiles.amin((1, 3)), tiles.amax((1, 3)), scheme, scale_dtype)
 
 
-def fake_quantize_activation(x: Tensor, scheme: TensorScheme) -> Tensor:
-    """x (..., in) rounded to a per-token grid found from x itself (dynamic), in x's dtype.
+def fake_quantize_activation(x: Tensor, scheme: TensorScheme, scale: Tensor | None = None) -> Tensor:
+    """x (..., in) rounded to a grid found from x itself, one per token (dynamic), or under a given scale (static:
+    one number, larger values saturate), in x's dtype.
 
-    int8 uses scale = max|row| / 127 (no code -128), as integer kernels do; FP8 max|row| / 448.
+    Dynamic int8 uses scale = max|row| / 127 (no code -128), as integer kernels do; FP8 max|row| / 448.
     """
     rows = x.reshape(-1, x.shape[-1]).float()
+    if scale is not None:
+        one = scale.float().reshape(1, 1)
+        return grid_value(round_to_grid(rows, one, None, scheme), one, None).reshape(x.shape).to(x.dtype)
     scale = rows.abs().amax(1, keepdim=True) / scheme.qmax
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     return grid_value(round_to_grid(rows, scale, None, scheme), scale, None).reshape(x.shape).to(x.dtype)

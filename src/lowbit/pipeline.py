@@ -2,14 +2,14 @@
 
 1. open, plan, refuse                     preflight.py
 2. calibration windows through the embeddings
-3. for each block: statistics -> round, in the order the data flows, each group against inputs from the already
-   quantized prefix (model/walk.py, rounding.py) -> write the shard, read it back, compare
+3. for each block: equalize (equalization.py); statistics -> round, in the order the data flows, each group against
+   inputs from the already quantized prefix (model/walk.py, rounding.py) -> write the shard, read it back, compare
 4. close the directory; reload it and record the logits it computes
 """
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +17,17 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowbit.algorithms import METHODS, make_settings
+from lowbit.activations import UNKNOWN_SCALE, static_scale
+from lowbit.algorithms import METHODS
+from lowbit.algorithms.compose import parse_method, settings_of
 from lowbit.artifact import MANIFEST, Work, check_output, check_same, clean, disk_errors, read_manifest, replaces
 from lowbit.calibration import Calibration, load_calibration
 from lowbit.console import note, track
+from lowbit.equalization import Equalized, make_equalizer
 from lowbit.errors import InputError
 from lowbit.forecast import forecast
 from lowbit.formats.choose import Format, format_for
+from lowbit.formats.compressed_tensors import unpack_input
 from lowbit.manifest import document_of, finish_directory, named_twice, shard_name, versions
 from lowbit.memory import BATCH, choose_frugal, estimate_memory, give_back
 from lowbit.model.checkpoint import DEMO, Checkpoint, open_checkpoint, read_header
@@ -40,14 +44,16 @@ from lowbit.model.load import (
 )
 from lowbit.model.lockstep import Walk
 from lowbit.model.original import Correction, Original
+from lowbit.model.rotate import rotate
 from lowbit.model.stream import probe
 from lowbit.model.walk import Blocks, Entry, capture_entries, find_blocks, input_groups, linears
 from lowbit.preflight import Plan, check_disk, make_plan
 from lowbit.recipe import Recipe
 from lowbit.repair import repair
-from lowbit.rounding import UNREACHED, Rounded, Statistics, round_linears, round_plain
-from lowbit.scheme import Scheme, TensorScheme
+from lowbit.rounding import Rounded, Statistics, Units, block_line, round_linears, round_plain
+from lowbit.scheme import Scheme
 from lowbit.shards import Later, read_tensor
+from lowbit.tensor import InputGrid
 
 HELD_OUT = 16  # one batch in this many checks the method instead of feeding it
 
@@ -102,9 +108,13 @@ def quantize(
         check_same(output, manifest["identity"], identity)
         clean(output)
         return {**manifest["summary"], "output": str(output), "layers": manifest["layers"]}
+    method = parse_method(recipe.method)
+    view = checkpoint
+    if method.rotation is not None:
+        view = rotate(checkpoint, settings_of(method, dict(recipe.set))[method.rotation], recipe.seed)
     work = Work(output, identity, resume=resume, force=force)
-    layout = format_for(plan.schemes.values(), own_layout=METHODS[recipe.method].own_layout)
-    job = _Job(net, source, blocks, plan, recipe, work, layout, torch.get_num_threads(), frugal)
+    layout = format_for(plan.schemes.values(), own_layout=METHODS[method.rounding].own_layout)
+    job = _Job(net, open_source(net, view), blocks, plan, recipe, work, layout, torch.get_num_threads(), frugal)
     layers = job.run(calibration)
     document = document_of(output, recipe, layers, time.perf_counter() - start)
     rotated = [checkpoint.stored_module(r["name"]) for r in layers if r["rotated"]]
@@ -114,9 +124,9 @@ def quantize(
     return document
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Job:
-    """The parts that the loop over blocks works with."""
+    """The parts that the loop over blocks works with, and what equalization made of the present block."""
 
     net: PreTrainedModel
     source: Source
@@ -127,6 +137,12 @@ class _Job:
     layout: Format
     threads: int
     frugal: bool  # activations on disk, and one batch at a time in memory
+    equalized: Equalized = field(default_factory=Equalized)
+
+    def stored(self, name: str) -> Tensor:
+        """A tensor as it is to be quantized or copied."""
+        changed = self.equalized.tensors
+        return changed[name] if name in changed else self.source.checkpoint.get(name)
 
     def run(self, calibration: Calibration | None) -> list[dict[str, Any]]:
         """Quantize every block in order, or read it back if it is finished. Returns one report a linear."""
@@ -134,6 +150,10 @@ class _Job:
         dtype = compute_dtype()
         entries = [] if calibration is None else self._enter(calibration, dtype)
         original = Original(entries, self.threads) if entries and self._follows() else None
+        equalizer = None
+        if calibration is not None:
+            storage, tokens = self.source.checkpoint.dtype, calibration.tokens
+            equalizer = make_equalizer(self.net, self.blocks, tokens, self.recipe, storage, self.threads)
         layers: list[dict[str, Any]] = []
         for index, name in enumerate(track(names, "quantizing blocks", len(names))):
             started = time.perf_counter()
@@ -141,6 +161,9 @@ class _Job:
             block = materialize(self.net, name, self.source, dtype)
             report = self.work.report(shard)
             if report is None:
+                if equalizer is not None:
+                    schemes, get = self.plan.quantized(name), self.source.checkpoint.get
+                    self.equalized = equalizer.equalize(block, name, index, entries, schemes, get)
                 rounded = self._round_block(block, index, entries, original)
                 stored = [t for t in self.source.checkpoint.tensors if t.startswith(name + ".")]
                 report = self._write(shard, stored, {f"{name}.{n}": r for n, r in rounded.items()})
@@ -151,7 +174,8 @@ class _Job:
             release(block)
             give_back(thoroughly=self.frugal)
             layers += report
-            note(_block_line(name, report, time.perf_counter() - started))
+            note(block_line(name, report, time.perf_counter() - started))
+        self.equalized = Equalized()
         return layers + self._write_rest()
 
     def _enter(self, calibration: Calibration, dtype: torch.dtype) -> list[Entry]:
@@ -168,7 +192,8 @@ class _Job:
 
     def _follows(self) -> bool:
         """Whether the method rounds towards the original model's outputs (model/original.py)."""
-        return bool(getattr(make_settings(self.recipe.method, dict(self.recipe.set)), "follow_original", False))
+        method = parse_method(self.recipe.method)
+        return bool(getattr(settings_of(method, dict(self.recipe.set))[method.rounding], "follow_original", False))
 
     def _round_block(
         self, block: nn.Module, index: int, entries: list[Entry], original: Original | None
@@ -183,7 +208,8 @@ class _Job:
                 original.enter(block, index, groups)
             watched = [] if original is None else original.watched
             frugal = self.frugal and original is None
-            walk = Walk(block, index, entries, groups, _activations(schemes), self.threads, watched, recompute=frugal)
+            grids = _dynamic(schemes)
+            walk = Walk(block, index, entries, groups, grids, self.threads, watched, recompute=frugal)
             for k, group in enumerate(groups):
                 wanted = [n for n in group.names if n in schemes]
                 if not wanted:
@@ -195,7 +221,13 @@ class _Job:
                     correction = original.correction(walk, k, wanted, statistics.train.mean())
                 for scheme in dict.fromkeys(schemes[n] for n in wanted):
                     same = [n for n in wanted if schemes[n] == scheme]
-                    rounded |= self._round(block, name, same, scheme, statistics, correction)
+                    results = self._round(block, name, same, scheme, statistics, correction)
+                    if scheme.static and scheme.activation:
+                        weights = [self.stored(f"{name}.{n}.weight") for n in same]
+                        scale = static_scale(walk, k, weights, scheme, self.source.checkpoint.dtype)
+                        results = {n: replace(r, input_scale=scale) for n, r in results.items()}
+                        grids.update({n: InputGrid(scheme.activation, scale) for n in same if scale is not None})
+                    rounded |= results
             for entry, hidden in zip(entries, walk.finish(), strict=True):
                 entry.hidden = hidden
             if original is not None:
@@ -204,6 +236,8 @@ class _Job:
             if local not in rounded:  # no calibration data, or none that reached it
                 empty = Statistics.empty(linears(block)[local].in_features) if entries else None
                 rounded |= self._round(block, name, [local], scheme, empty)
+            if scheme.static and rounded[local].input_scale is None:
+                raise InputError(f"{name}.{local}: {UNKNOWN_SCALE}")
         return {local: rounded[local] for local in schemes}
 
     def _round(
@@ -216,17 +250,20 @@ class _Job:
         correction: Correction | None = None,
     ) -> dict[str, Rounded]:
         """Round linears of one input and scheme from their stored weights, and put the results into the block."""
-        checkpoint = self.source.checkpoint
-        weights = {f"{name}.{n}": checkpoint.get(f"{name}.{n}.weight") for n in same}
+        weights = {f"{name}.{n}": self.stored(f"{name}.{n}.weight") for n in same}
         goals = {} if correction is None else {f"{name}.{n}": correction.goal(n, weights[f"{name}.{n}"]) for n in same}
-        results = round_linears(weights, scheme, statistics, self.recipe, checkpoint.dtype, goals)
+        units = {n: Units(self.equalized.columns.get(n), self.equalized.rows.get(n)) for n in weights}
+        dtype = self.source.checkpoint.dtype
+        results = round_linears(weights, scheme, statistics, self.recipe, dtype, goals, units)
         by_local = {}
         for n in same:
             full = f"{name}.{n}"
             by_local[n], self.plan.schemes[full] = repair(
-                full, weights[full], scheme, statistics, self.recipe, checkpoint.dtype, results[full]
+                full, weights[full], scheme, statistics, self.recipe, dtype, results[full]
             )
         for local, result in by_local.items():
+            if self.equalized.report:
+                result.report["equalization"] = self.equalized.report.get(f"{name}.{local}")
             _put(block, local, result.quantized.dequantize(linears(block)[local].weight.dtype))
         return by_local
 
@@ -243,7 +280,15 @@ class _Job:
         for local, scheme in schemes.items():
             quantized = self.layout.unpack(self.source.checkpoint.stored_module(f"{name}.{local}"), read, scheme)
             _put(block, local, quantized.dequantize(linears(block)[local].weight.dtype))
-        walk = Walk(block, index, entries, (), _activations(schemes), self.threads, recompute=self.frugal)
+        checkpoint, tensors = self.source.checkpoint, read_header(self.work.path / shard)
+        for local, parameter in block.named_parameters():  # norms and biases that an equalization changed
+            there = checkpoint.stored_tensor(f"{name}.{local}")
+            unchanged = f"{name}.{local}" in checkpoint.transposed
+            if there in tensors and not unchanged and local.removesuffix(".weight") not in schemes:
+                parameter.data = read(there).to(parameter.dtype)
+        inputs = {n: unpack_input(checkpoint.stored_module(f"{name}.{n}"), read, s) for n, s in schemes.items()}
+        grids = {n: grid for n, grid in inputs.items() if grid is not None}
+        walk = Walk(block, index, entries, (), grids, self.threads, recompute=self.frugal)
         for entry, hidden in zip(entries, walk.finish(), strict=True):
             entry.hidden = hidden
 
@@ -253,10 +298,17 @@ class _Job:
         checkpoint = self.source.checkpoint
         packed = {f"{name}.weight" for name in rounded}
         tensors: dict[str, Tensor | Later] = {
-            checkpoint.stored_tensor(t): checkpoint.later(t) for t in stored if t not in packed
+            checkpoint.stored_tensor(t): self.equalized.tensors[t]
+            if t in self.equalized.tensors
+            else checkpoint.later(t)
+            for t in stored
+            if t not in packed
         }
         for name, result in rounded.items():
-            tensors |= self.layout.pack(checkpoint.stored_module(name), result.quantized, self.plan.schemes[name])
+            module = checkpoint.stored_module(name)
+            tensors |= self.layout.pack(module, result.quantized, self.plan.schemes[name])
+            if result.input_scale is not None:
+                tensors[f"{module}.input_scale"] = result.input_scale.reshape(1).clone()  # several may share it
         self.work.write_shard(shard, tensors)
         read = self._reader(shard)
         for name, result in rounded.items():
@@ -286,15 +338,18 @@ class _Job:
 
 def find_calibration(checkpoint: Checkpoint, recipe: Recipe) -> Calibration | None:
     """The windows the recipe asks for, or None for a method that needs none. Raises InputError as documented there."""
-    if not METHODS[recipe.method].needs_calibration and recipe.calibration is None:
+    schemes = [Scheme.parse(s) for s in (recipe.scheme, *(s for _, s in recipe.override))]
+    needed = parse_method(recipe.method).needs_calibration or any(s.static for s in schemes)
+    if not needed and recipe.calibration is None:
         return None
     source = recipe.calibration
     if source is None and checkpoint.path == DEMO / "model":
         source = str(DEMO / "calibration.txt")
     if source is None:
+        what = f"method {recipe.method!r}" if parse_method(recipe.method).needs_calibration else "a static scheme"
         raise InputError(
-            f"method {recipe.method!r} needs text to calibrate on: --calibration FILE (.txt or .jsonl, best from the "
-            "domain the model will be used in), or hub:NAME."
+            f"{what} needs text to calibrate on: --calibration FILE (.txt or .jsonl, best from the domain the model "
+            "will be used in), or hub:NAME."
         )
     limit = checkpoint.context_length
     if limit is not None and recipe.seq_len > limit:
@@ -315,17 +370,6 @@ def _put(block: nn.Module, local: str, weight: Tensor) -> None:
     linears(block)[local].weight = nn.Parameter(weight, requires_grad=False)
 
 
-def _activations(schemes: Mapping[str, Scheme]) -> dict[str, TensorScheme]:
-    return {name: s.activation for name, s in schemes.items() if s.activation is not None}
-
-
-def _block_line(name: str, report: list[dict[str, Any]], seconds: float) -> str:
-    loss, plain = (sum(r[k] for r in report if r[k] is not None) for k in ("loss", "loss_rtn"))
-    text = f"{name}: {len(report)} linears, {seconds:.1f} s"
-    if plain:
-        text += f", output error {loss / plain:.0%} of rtn's"
-    unreached = [r["name"] for r in report if r["fallback"] == UNREACHED]
-    others = [f"{r['name']}: {r['fallback']}" for r in report if r["fallback"] and r["fallback"] != UNREACHED]
-    if unreached:
-        others.append(f"{len(unreached)} linears were reached by no calibration token ({unreached[0]}, ...): rtn")
-    return "\n  ".join([text, *others])
+def _dynamic(schemes: Mapping[str, Scheme]) -> dict[str, InputGrid]:
+    """The grids of inputs that are rounded with scales found at run time."""
+    return {n: InputGrid(s.activation) for n, s in schemes.items() if s.activation is not None and not s.static}

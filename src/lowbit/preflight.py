@@ -9,8 +9,10 @@ from pathlib import Path
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowbit.algorithms import METHODS, find_method, make_settings
+from lowbit.algorithms import METHODS
+from lowbit.algorithms.compose import parse_method, settings_of
 from lowbit.errors import InputError
+from lowbit.formats.compressed_tensors import code_bits
 from lowbit.model.checkpoint import Checkpoint
 from lowbit.model.walk import Blocks, linears, other_products, routers
 from lowbit.numerics import scale_shape
@@ -34,8 +36,9 @@ class Plan:
 def make_plan(model: PreTrainedModel, blocks: Blocks, checkpoint: Checkpoint, recipe: Recipe) -> Plan:
     """Raises InputError for an unknown method or setting, a scheme that a layer's shape cannot take, a pattern that
     matches nothing, a model that is quantized already."""
-    method = find_method(recipe.method)
-    make_settings(recipe.method, dict(recipe.set))
+    composition = parse_method(recipe.method)
+    settings_of(composition, dict(recipe.set))
+    method = METHODS[composition.rounding]
     if checkpoint.quantization is not None:
         raise InputError(
             f"{checkpoint.name}: already quantized ({checkpoint.quantization.get('quant_method')}). Quantizing twice "
@@ -109,7 +112,7 @@ def _output_bytes(
             rows, columns = modules[name].weight.shape
             scales = math.prod(scale_shape(scheme.weight, (rows, columns)))
             total -= checkpoint.tensors[f"{name}.weight"].nbytes
-            total += rows * columns * scheme.weight.bits // 8 + scales * 3
+            total += rows * columns * code_bits(scheme) // 8 + scales * 3
     return total
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lowbit.algorithms import METHODS
+from lowbit.algorithms.compose import parse_method
 from lowbit.recipe import Recipe
 from lowbit.rounding import Rounded, Statistics, round_linears
 from lowbit.scheme import Scheme
@@ -48,7 +49,7 @@ def _lost_too_much(result: Rounded, recipe: Recipe) -> bool:
 
 def _rungs(scheme: Scheme, recipe: Recipe) -> Iterator[tuple[str, Scheme, Recipe]]:
     """(what it is, scheme, recipe) of each rung, cheapest first."""
-    if "dampening_frac" in {f.name for f in fields(METHODS[recipe.method].settings)}:
+    if "dampening_frac" in {f.name for f in fields(METHODS[parse_method(recipe.method).rounding].settings)}:
         damping = float(dict(recipe.set).get("dampening_frac", "0.01")) * 10
         settings = dict(recipe.set) | {"dampening_frac": f"{damping:g}"}
         yield f"dampening_frac {damping:g}", scheme, replace(recipe, set=tuple(settings.items()))

@@ -5,6 +5,7 @@ plain round-to-nearest's; otherwise RTN stands and the report's `fallback` says 
 """
 
 import contextlib
+import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -13,18 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowbit.algorithms import METHODS, make_settings
+from lowbit.algorithms import METHODS
+from lowbit.algorithms.awq import clipped_rtn
+from lowbit.algorithms.compose import parse_method, settings_of
 from lowbit.algorithms.rtn import rtn
 from lowbit.errors import InputError
+from lowbit.formats.compressed_tensors import code_bits
 from lowbit.model.lockstep import Walk
 from lowbit.model.walk import Entry
 from lowbit.recipe import Recipe
-from lowbit.scheme import Scheme
+from lowbit.scheme import Scheme, TensorScheme
 from lowbit.stats import Hessian, quadratic_loss
 from lowbit.tensor import QuantizedTensor
 
 WORSE = "worse than rtn on held-out windows"  # rtn is the better choice there, not the lack of one
 UNREACHED = "no calibration token reached this layer: rtn"
+_QUERY_OR_KEY = re.compile(r"\b(q|k|qk|qkv|query|key|query_key_value|c_attn|w_?qkv)(_proj)?$", re.I)  # errors multiply
 
 
 @dataclass(frozen=True)
@@ -33,6 +38,7 @@ class Rounded:
 
     quantized: QuantizedTensor
     report: dict[str, Any]
+    input_scale: Tensor | None = None  # [1], for stored activation scales
 
 
 @dataclass(frozen=True)
@@ -71,6 +77,32 @@ class Statistics:
         return quadratic_loss(error, every.mean()), held_out
 
 
+@dataclass(frozen=True, eq=False)
+class Units:
+    """How an equalized weight relates to the original one: W = original · columns / rows.
+
+    Losses are reported for the original model: its outputs are `rows` times as large, its inputs `columns` times.
+    """
+
+    columns: Tensor | None = None  # (in,)
+    rows: Tensor | None = None  # (out,)
+
+    @property
+    def original(self) -> bool:
+        return self.columns is None and self.rows is None
+
+    def scaled(self, difference: Tensor) -> Tensor:
+        """A difference of weights (out, in) with outputs in the original's units."""
+        return difference if self.rows is None else difference * self.rows[:, None]
+
+    def plain_error(self, weight: Tensor, grid: TensorScheme, scale_dtype: torch.dtype) -> Tensor:
+        """The same of the original weight rounded to nearest under plain min-max scales."""
+        original = weight.float() if self.rows is None else weight.float() * self.rows[:, None]
+        original = original if self.columns is None else original / self.columns
+        difference = original - rtn(original, grid, scale_dtype).dequantize()
+        return difference if self.columns is None else difference * self.columns
+
+
 def round_linears(
     weights: Mapping[str, Tensor],
     scheme: Scheme,
@@ -78,19 +110,21 @@ def round_linears(
     recipe: Recipe,
     scale_dtype: torch.dtype,
     goals: Mapping[str, Tensor] | None = None,
+    units: Mapping[str, Units] | None = None,
 ) -> dict[str, Rounded]:
     """Quantize linears (out_i, in), by full name, that share an input and a scheme.
 
     They are rows of one matrix where no scale spans rows: one factorization, one sweep. `statistics` is None for a
-    recipe without calibration data; `goals` is what to round instead of the weights (model/original.py). Raises
-    InputError if the activations are mostly not finite.
+    recipe without calibration data; `goals` is what to round instead of the weights (model/original.py), `units` says
+    which weights were equalized. Raises InputError if the activations are mostly not finite.
     """
     grid = scheme.weight
     assert grid is not None
-    together = grid.granularity in ("channel", "group") and not METHODS[recipe.method].one_by_one
-    if not together and len(weights) > 1:
+    units = units or {}
+    one_by_one = METHODS[parse_method(recipe.method).rounding].one_by_one or _clips(recipe)
+    if len(weights) > 1 and (one_by_one or grid.granularity not in ("channel", "group")):
         alone = ({name: weight} for name, weight in weights.items())
-        every = (round_linears(w, scheme, statistics, recipe, scale_dtype, goals) for w in alone)
+        every = (round_linears(w, scheme, statistics, recipe, scale_dtype, goals, units) for w in alone)
         return {k: v for rounded in every for k, v in rounded.items()}
     started = time.perf_counter()
     stacked = torch.cat([w.float() for w in weights.values()])
@@ -111,18 +145,20 @@ def round_linears(
         chosen, reason = mine, fallback
         loss = loss_rtn = relative = None
         if statistics is not None and statistics.train.rows:
-            loss, _ = statistics.loss(weight.float() - mine.dequantize())
-            loss_rtn, _ = statistics.loss(weight.float() - theirs.dequantize())
-            _, held_out = statistics.loss(target - mine.dequantize())
-            _, held_out_rtn = statistics.loss(target - theirs.dequantize())
+            unit = units.get(name, Units())
+            loss, _ = statistics.loss(unit.scaled(weight.float() - mine.dequantize()))
+            loss_plain, _ = statistics.loss(unit.scaled(weight.float() - theirs.dequantize()))
+            _, held_out = statistics.loss(unit.scaled(target - mine.dequantize()))
+            _, held_out_rtn = statistics.loss(unit.scaled(target - theirs.dequantize()))
             if reason is None and held_out is not None and held_out_rtn is not None and held_out > held_out_rtn:
-                chosen, reason, loss = theirs, f"{WORSE}: rtn", loss_rtn
-            signal, _ = statistics.loss(weight.float())
+                chosen, reason, loss = theirs, f"{WORSE}: rtn", loss_plain
+            loss_rtn = loss_plain if unit.original else statistics.loss(unit.plain_error(weight, grid, scale_dtype))[0]
+            signal, _ = statistics.loss(unit.scaled(weight.float()))
             relative = (loss / signal) ** 0.5 if signal > 0 else 0.0
         report = {
             "name": name,
             "scheme": str(scheme),
-            "bits": chosen.stored_bits / chosen.numel,
+            "bits": chosen.stored_bits / chosen.numel + code_bits(scheme) - grid.bits,
             "weights": chosen.numel,
             "loss_rtn": loss_rtn,
             "loss": loss,
@@ -155,6 +191,14 @@ def round_plain(name: str, weight: Tensor, scheme: Scheme, scale_dtype: torch.dt
     return Rounded(quantized, report)
 
 
+def _clips(recipe: Recipe) -> bool:
+    """Whether AWQ's range search takes the place of round-to-nearest's own scales."""
+    method = parse_method(recipe.method)
+    return (
+        method.equalization == "awq" and method.rounding == "rtn" and settings_of(method, dict(recipe.set))["awq"].clip
+    )
+
+
 @contextlib.contextmanager
 def one_thread() -> Iterator[None]:
     """Column loops are thousands of operations of a few microseconds: a second thread costs more than it brings,
@@ -171,8 +215,9 @@ def _apply(
     where: str, weight: Tensor, scheme: Scheme, statistics: Statistics | None, recipe: Recipe, plain: QuantizedTensor
 ) -> tuple[QuantizedTensor, dict[str, Any], str | None]:
     """(the method's result, what to note, None), or RTN and the reason where the statistics do not allow it."""
-    method = METHODS[recipe.method]
-    settings = make_settings(recipe.method, dict(recipe.set))
+    composition = parse_method(recipe.method)
+    method = METHODS[composition.rounding]
+    settings = settings_of(composition, dict(recipe.set))[composition.rounding]
     assert scheme.weight is not None
     if statistics is None:
         result, notes = method.rounding(weight, None, scheme.weight, settings, plain.scale.dtype)
@@ -187,9 +232,27 @@ def _apply(
     if train.rows == 0:
         return plain, {}, UNREACHED
     noted = {"bad_rows": bad} if bad else {}
+    if _clips(recipe) and not _QUERY_OR_KEY.search(where):
+        return clipped_rtn(weight, train.mean(), scheme.weight, plain.scale.dtype), noted, None
     try:
         with one_thread():
             result, notes = method.rounding(weight, train.mean(), scheme.weight, settings, plain.scale.dtype)
     except ValueError as error:
         return plain, noted, f"{error}: rtn"
     return result, noted | notes, None
+
+
+def block_line(name: str, report: list[dict[str, Any]], seconds: float) -> str:
+    """What the console shows of a finished block."""
+    loss, plain = (sum(r[k] for r in report if r[k] is not None) for k in ("loss", "loss_rtn"))
+    text = f"{name}: {len(report)} linears, {seconds:.1f} s"
+    if plain:
+        text += f", output error {loss / plain:.0%} of rtn's"
+    unreached = [r["name"] for r in report if r["fallback"] == UNREACHED]
+    unproved = [r["name"].split(".")[-1] for r in report if (r.get("equalization") or {}).get("reason")]
+    if unproved:
+        text += f", not equalized (nothing provably takes the scale): {', '.join(unproved)}"
+    others = [f"{r['name']}: {r['fallback']}" for r in report if r["fallback"] and r["fallback"] != UNREACHED]
+    if unreached:
+        others.append(f"{len(unreached)} linears were reached by no calibration token ({unreached[0]}, ...): rtn")
+    return "\n  ".join([text, *others])

@@ -51,3 +51,47 @@ class Hessian:
 def quadratic_loss(error: Tensor, hessian: Tensor) -> float:
     """mean over output channels of e H eᵀ, for error (out, in) and H (in, in): the mean squared output error."""
     return float(((error.float() @ hessian) * error.float()).sum().double() / len(error))
+
+
+@dataclass
+class InputSummary:
+    """Of a linear's input, channel by channel: the largest magnitude, the mean magnitude, and every `stride`-th row.
+
+    Rows that are not finite are left out.
+    """
+
+    width: int
+    stride: int = 1
+    rows: int = 0
+
+    def __post_init__(self) -> None:
+        self.absmax = torch.zeros(self.width)
+        self.sum_abs = torch.zeros(self.width)
+        self.kept: list[Tensor] = []
+
+    def update(self, x: Tensor) -> None:
+        """x (..., in), any float dtype."""
+        rows = x.reshape(-1, self.width).float()
+        rows = rows[torch.isfinite(rows.sum(1))]
+        if len(rows) == 0:
+            return
+        magnitude = rows.abs()
+        self.absmax = torch.maximum(self.absmax, magnitude.amax(0))
+        self.sum_abs += magnitude.sum(0)
+        self.kept.append(rows[-self.rows % self.stride :: self.stride].clone())
+        self.rows += len(rows)
+
+    def merge(self, other: "InputSummary") -> None:
+        self.absmax = torch.maximum(self.absmax, other.absmax)
+        self.sum_abs += other.sum_abs
+        self.kept += other.kept
+        self.rows += other.rows
+
+    @property
+    def mean_abs(self) -> Tensor:
+        return self.sum_abs / max(self.rows, 1)
+
+    @property
+    def sample(self) -> Tensor:
+        """(about rows / stride, in) float32."""
+        return torch.cat(self.kept) if self.kept else torch.zeros(0, self.width)

@@ -1,4 +1,5 @@
-"""QuantizedTensor: what every method ends in, and every format, kernel and test starts from."""
+"""QuantizedTensor: what every method ends in, and every format, kernel and test starts from. InputGrid: how a linear's
+input is rounded."""
 
 from dataclasses import dataclass, replace
 
@@ -7,8 +8,20 @@ from torch import Tensor
 
 from lowbit.hadamard import Rotation
 from lowbit.lattice import WIDTH
-from lowbit.numerics import dequantize
+from lowbit.numerics import dequantize, fake_quantize_activation
 from lowbit.scheme import TensorScheme
+
+
+@dataclass(frozen=True)
+class InputGrid:
+    """The grid of a linear's input: one scale a token found at run time, or the stored one (a tensor of one entry)."""
+
+    scheme: TensorScheme
+    scale: Tensor | None = None
+
+    def round(self, x: Tensor) -> Tensor:
+        """x (..., in) on the grid, in x's dtype."""
+        return fake_quantize_activation(x, self.scheme, self.scale)
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from torch import Tensor
 from lowbit.algorithms.rtn import rtn
 from lowbit.errors import InputError
 from lowbit.formats.compressed_tensors import (
+    code_bits,
     format_of,
     pack,
     pack_bits,
@@ -16,6 +17,7 @@ from lowbit.formats.compressed_tensors import (
     read_schemes,
     unpack,
     unpack_bits,
+    unpack_input,
 )
 from lowbit.scheme import Scheme
 
@@ -32,7 +34,11 @@ SCHEMES = [
     "w4a16-tensor-asym",
     "w8a8",
     "w8a8-tensor",
+    "w8a8-static",
+    "w4a8-g64",
+    "w4afp8-g64",
     "fp8",
+    "fp8-static",
     "fp8-tensor",
     "fp8-block",
 ]
@@ -192,6 +198,35 @@ def test_mixed_schemes_are_a_valid_config_and_come_back() -> None:
     assert config["format"] == "mixed-precision"
     assert len(QuantizationConfig.model_validate(config).config_groups) == 4
     assert read_schemes(config, names) == {n: s for n, s in schemes.items() if s.weight is not None}
+
+
+@pytest.mark.parametrize("text", ["w8a8-static", "fp8-static"])
+def test_the_stored_input_scale_comes_back_or_is_refused(text: str) -> None:
+    scheme = Scheme.parse(text)
+    assert scheme.weight is not None
+    quantized = rtn(torch.eye(32), scheme.weight, torch.bfloat16)
+    tensors = pack("a", quantized, scheme, torch.tensor([0.25], dtype=torch.bfloat16))
+    grid = unpack_input("a", tensors.__getitem__, scheme)
+    assert grid is not None
+    x = torch.tensor([[0.3, -0.1, 1e6, -1e6]])
+    largest, least = (31.75, -32.0) if text == "w8a8-static" else (112.0, -112.0)
+    assert grid.round(x)[0, 2:].tolist() == [largest, least]
+    assert grid.scale is not None
+    assert torch.allclose(grid.round(x)[0, :2], torch.tensor([0.25, 0.0]) if "w8" in text else x[0, :2], rtol=0.07)
+    for bad in (0.0, float("nan"), -1.0):
+        with pytest.raises(InputError, match=r"a.input_scale is .*: expected one positive number"):
+            unpack_input("a", {"a.input_scale": torch.tensor([bad])}.__getitem__, scheme)
+    assert unpack_input("a", tensors.__getitem__, Scheme.parse("w4a16-g32")) is None
+
+
+def test_four_bit_codes_beside_int8_activations_are_stored_as_int8() -> None:
+    """vLLM's layer for them reads int8; beside FP8 activations its layer reads packed words."""
+    for text, dtype, name in (("w4a8-g32", torch.int8, "a.weight"), ("w4afp8-g32", torch.int32, "a.weight_packed")):
+        scheme = Scheme.parse(text)
+        assert scheme.weight is not None
+        tensors = pack("a", rtn(torch.randn(16, 64), scheme.weight, torch.bfloat16), scheme)
+        assert tensors[name].dtype == dtype
+        assert tensors[name].element_size() * tensors[name].numel() * 8 == 16 * 64 * code_bits(scheme)
 
 
 @pytest.mark.parametrize("text", SCHEMES)

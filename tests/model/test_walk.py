@@ -11,6 +11,7 @@ from lowbit.model.lockstep import Lockstep, Walk
 from lowbit.model.walk import Entry, capture_entries, find_blocks, input_groups, linears
 from lowbit.numerics import fake_quantize_activation
 from lowbit.scheme import TensorScheme
+from lowbit.tensor import InputGrid
 
 SMALL = {
     "hidden_size": 64,
@@ -176,7 +177,7 @@ def test_activations_are_rounded_in_the_walk_and_statistics_see_them_unrounded()
     plain = Lockstep(block, 0, entries, groups, {})
     ((_, raw),) = plain.inputs(0)
     plain.finish()
-    walk = Lockstep(block, 0, entries, groups, dict.fromkeys(linears(block), grid))
+    walk = Lockstep(block, 0, entries, groups, dict.fromkeys(linears(block), InputGrid(grid)))
     ((_, x),) = walk.inputs(0)
     assert torch.equal(x, raw)
     (mine,) = walk.finish()

@@ -42,7 +42,7 @@ def test_logits_of_the_quantized_runtimes_agree(tiny: Path, tmp_path: Path) -> N
 
 @needs_native
 @pytest.mark.parametrize(
-    "scheme", ["w4a16-g32", "w4a16-g64-asym", "w3a16-g32", "w2a16-channel", "w8a16-tensor", "w8a8"]
+    "scheme", ["w4a16-g32", "w4a16-g64-asym", "w3a16-g32", "w2a16-channel", "w8a16-tensor", "w8a8", "w4a8-g32"]
 )
 def test_native_engine_computes_the_stored_model(scheme: str, tiny: Path, tmp_path: Path) -> None:
     """Against the exact float32 path: what is left is the int8 rounding of the activations."""

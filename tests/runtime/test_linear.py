@@ -7,10 +7,12 @@ from lowbit.algorithms.rtn import rtn
 from lowbit.numerics import fake_quantize_activation
 from lowbit.runtime.linear import QuantizedLinear
 from lowbit.scheme import Scheme
+from lowbit.tensor import InputGrid
 
 KERNELS = {
     "w4a16-g32": "int4", "w4a16-g128-asym": "int4", "w4a16-channel": "int4", "w8a16-channel": "int8",
-    "w8a16-tensor": "int8", "w8a8": "w8a8", "w3a16": "float", "fp8": "float",
+    "w8a16-tensor": "int8", "w8a8": "w8a8", "w8a8-static": "w8a8", "w4a8": "float", "fp8-static": "float",
+    "w4afp8": "float", "w3a16": "float", "fp8": "float",
 }  # fmt: skip
 
 
@@ -24,9 +26,11 @@ def test_linear_is_the_product_with_the_dequantized_weight(text: str, rows: int,
     weight, x = torch.randn(64, 256), torch.randn(2, rows, 256).bfloat16()
     b = torch.randn(64) if bias else None
     quantized = rtn(weight, scheme.weight, torch.bfloat16)
-    linear = QuantizedLinear(quantized, scheme, b, torch.bfloat16)
+    scale = torch.tensor([0.02]) if scheme.static else None
+    grid = None if scheme.activation is None else InputGrid(scheme.activation, scale)
+    linear = QuantizedLinear(quantized, scheme, b, torch.bfloat16, grid)
     assert linear.kernel == KERNELS[text]
-    inputs = x if scheme.activation is None else fake_quantize_activation(x.float(), scheme.activation)
+    inputs = x if scheme.activation is None else fake_quantize_activation(x.float(), scheme.activation, scale)
     expected = torch.nn.functional.linear(inputs.float(), quantized.dequantize(), b)
     assert linear(x).dtype == torch.bfloat16
     error = (linear(x).float() - expected).abs().max() / expected.abs().max()

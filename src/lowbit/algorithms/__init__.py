@@ -1,4 +1,7 @@
-"""The methods, one file each. `METHODS` says what there is; nothing registers itself."""
+"""The methods, one file each. Three dict literals say what there is; nothing registers itself.
+
+METHODS round, EQUALIZATIONS choose channel scales, ROTATIONS turn the residual stream; compose.py joins them.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -8,9 +11,12 @@ import torch
 from torch import Tensor
 
 from lowbit.algorithms.any4 import Any4Settings, any4
+from lowbit.algorithms.awq import AWQSettings
 from lowbit.algorithms.gptq import GPTQSettings, gptq
+from lowbit.algorithms.hadamard import HadamardSettings
 from lowbit.algorithms.quip import QuipSettings, quip
 from lowbit.algorithms.rtn import RTNSettings, rtn
+from lowbit.algorithms.smoothquant import SmoothQuantSettings
 from lowbit.errors import InputError, nearest
 from lowbit.scheme import TensorScheme
 from lowbit.tensor import QuantizedTensor
@@ -70,6 +76,8 @@ METHODS = {
         own_layout=True,
     ),
 }
+EQUALIZATIONS: dict[str, type] = {"awq": AWQSettings, "smoothquant": SmoothQuantSettings}
+ROTATIONS: dict[str, type] = {"hadamard": HadamardSettings}
 
 
 def find_method(name: str) -> Method:
@@ -78,9 +86,14 @@ def find_method(name: str) -> Method:
     return METHODS[name]
 
 
+def settings_class(name: str) -> type:
+    """The settings of a part by its name, whatever its kind."""
+    return (EQUALIZATIONS | ROTATIONS).get(name) or find_method(name).settings
+
+
 def make_settings(name: str, values: dict[str, str]) -> Any:
     """The method's settings with `values` (as written by the user) put in. Raises InputError naming what exists."""
-    cls = find_method(name).settings
+    cls = settings_class(name)
     types = {f.name: f.type for f in fields(cls)}
     parsed = {}
     for key, text in values.items():

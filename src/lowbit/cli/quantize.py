@@ -15,7 +15,9 @@ def quantize(
     scheme: Annotated[
         str | None, typer.Option(help="What to store: w4a16, w3a16-g64-asym, w8a8, fp8, auto:3.5, ...")
     ] = None,
-    method: Annotated[str | None, typer.Option(help="How to round: rtn or gptq.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="rtn, gptq, any4, quip, awq, smoothquant, hadamard, or joined: awq+gptq.")
+    ] = None,
     calibration: Annotated[str | None, typer.Option(metavar="FILE|hub:NAME", help="Text to calibrate on.")] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration windows (default 128).")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens a window (default 512).")] = None,

@@ -3,12 +3,15 @@
 pack-quantized    integer weights alone: weight_packed int32, the codes of a row as one dense little-endian
                   stream of b-bit fields (code + 2^(b-1)), padded to a word; weight_scale (out, groups) in the
                   model's dtype; weight_shape int64[2]; asymmetric: weight_zero_point packed down the rows
-int-quantized     int8 weights with int8 activations: weight int8, weight_scale (out, 1)
+                  (also 4-bit weights with FP8 activations, which is how vLLM's kernel wants them)
+int-quantized     integer weights with int8 activations: weight int8 (4-bit codes too), weight_scale (out, 1 or groups)
 nvfp4-pack-quantized, mxfp4-pack-quantized
                   4-bit floats: weight_packed uint8 (out, in/2), low nibble first, bit 3 the sign, bits 0-2 the index
                   into 0, ½, 1, 3/2, 2, 3, 4, 6; weight_scale E4M3 (out, in/16) and weight_global_scale float32 [1]
                   that everything is divided by; or weight_scale uint8 (out, in/32), an exponent with bias 127
 float-quantized   FP8 weights: weight float8_e4m3fn, weight_scale (out, 1), [1] or one per 128 x 128 block
+
+Static activations add input_scale [1] in the model's dtype.
 
 code 0 1 2 ...  at 4 bits:   word 0 = c0 | c1 << 4 | c2 << 8 ...   3 bits: c10 straddles words 0 and 1
 """
@@ -23,8 +26,8 @@ from torch import Tensor
 
 from lowbit.errors import InputError
 from lowbit.numerics import scale_shape
-from lowbit.scheme import Scheme, TensorScheme
-from lowbit.tensor import QuantizedTensor
+from lowbit.scheme import Granularity, Scheme, TensorScheme
+from lowbit.tensor import InputGrid, QuantizedTensor
 
 _FP4 = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")
 
@@ -35,7 +38,13 @@ def format_of(scheme: Scheme) -> str:
         if scheme.weight.bits == 4:
             return "nvfp4-pack-quantized" if scheme.weight.nested else "mxfp4-pack-quantized"
         return "float-quantized"
-    return "pack-quantized" if scheme.activation is None else "int-quantized"
+    return "int-quantized" if scheme.activation is not None and scheme.activation.kind == "int" else "pack-quantized"
+
+
+def code_bits(scheme: Scheme) -> int:
+    """Bits that a code of this scheme takes in the file."""
+    assert scheme.weight is not None
+    return 8 if format_of(scheme) == "int-quantized" else scheme.weight.bits
 
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
@@ -76,12 +85,14 @@ def unpack_fp4(packed: Tensor) -> Tensor:
     return torch.where(nibble >= 8, -magnitude, magnitude) + 7
 
 
-def pack(name: str, quantized: QuantizedTensor, scheme: Scheme) -> dict[str, Tensor]:
+def pack(name: str, quantized: QuantizedTensor, scheme: Scheme, input_scale: Tensor | None = None) -> dict[str, Tensor]:
     """The tensors of linear `name` as they go into the safetensors file."""
     scale = quantized.scale
     if quantized.scheme.granularity == "tensor":
         scale = scale.reshape(1)
     tensors = {f"{name}.weight_scale": scale}
+    if input_scale is not None:
+        tensors[f"{name}.input_scale"] = input_scale.reshape(1).clone()  # linears of one input share it
     if format_of(scheme) in _FP4:
         tensors[f"{name}.weight_packed"] = pack_fp4(quantized.codes)
         if quantized.tensor_scale is None:
@@ -142,6 +153,16 @@ def unpack(name: str, get: Callable[[str], Tensor], scheme: Scheme) -> Quantized
     return QuantizedTensor(codes, scale.reshape(where), zero, weight, tensor_scale=tensor_scale)
 
 
+def unpack_input(name: str, get: Callable[[str], Tensor], scheme: Scheme) -> InputGrid | None:
+    """How the input of linear `name` is rounded, or None. Raises InputError for a stored scale that is no scale."""
+    if scheme.activation is None or not scheme.static:
+        return None if scheme.activation is None else InputGrid(scheme.activation)
+    scale = get(f"{name}.input_scale")
+    if scale.numel() != 1 or not bool(torch.isfinite(scale).all()) or not bool((scale > 0).all()):
+        raise InputError(f"{name}.input_scale is {scale.tolist()}: expected one positive number.")
+    return InputGrid(scheme.activation, scale.reshape(1))
+
+
 def quantization_config(schemes: Mapping[str, Scheme]) -> dict[str, Any]:
     """config.json's `quantization_config` for linears (by full name) and their schemes; `none` means ignored."""
     groups: dict[Scheme, list[str]] = {}
@@ -197,12 +218,12 @@ def _activation_args(scheme: TensorScheme | None) -> dict[str, Any] | None:
         "num_bits": scheme.bits,
         "type": scheme.kind,
         "symmetric": True,
-        "strategy": "token",
+        "strategy": scheme.granularity,
         "group_size": None,
         "block_structure": None,
-        "dynamic": True,
+        "dynamic": scheme.granularity == "token",
         "actorder": None,
-        "observer": None,
+        "observer": None if scheme.granularity == "token" else "minmax",
         "observer_kwargs": {},
     }
 
@@ -246,6 +267,8 @@ def _scheme(group: Mapping[str, Any]) -> Scheme:
         raise InputError(f"cannot read {weight.bits}-bit {weight.kind} weights with strategy {weight.granularity!r}.")
     if a is None:
         return Scheme(weight)
-    if not a.get("dynamic") or a.get("strategy") != "token":
+    kinds: dict[tuple[Any, Any], Granularity] = {("token", True): "token", ("tensor", False): "tensor"}
+    kind = kinds.get((a.get("strategy"), a.get("dynamic")))
+    if kind is None or not a.get("symmetric", True):
         raise InputError(f"cannot read activations with strategy {a.get('strategy')!r}, dynamic={a.get('dynamic')}.")
-    return Scheme(weight, TensorScheme(a["type"], a["num_bits"], "token"))
+    return Scheme(weight, TensorScheme(a["type"], a["num_bits"], kind))

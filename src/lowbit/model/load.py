@@ -15,13 +15,14 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoT
 from transformers.utils import logging as hf_logging
 
 from lowbit.errors import InputError
+from lowbit.formats.compressed_tensors import unpack_input
 from lowbit.formats.readers import find_reader
 from lowbit.model.checkpoint import FLOAT_TYPES, Checkpoint
 from lowbit.model.linearize import linearize
 from lowbit.model.names import stored_names, under_model_names
 from lowbit.model.walk import Blocks
 from lowbit.scheme import Scheme
-from lowbit.tensor import QuantizedTensor
+from lowbit.tensor import InputGrid, QuantizedTensor
 
 _MOST_BUFFER_BYTES = 2 * 2**30
 
@@ -166,6 +167,10 @@ class Source:
         if name not in self.schemes or config is None:
             return None
         return find_reader(config).unpack(name, self.checkpoint.get, self.schemes[name], config)
+
+    def input_grid(self, name: str) -> InputGrid | None:
+        """How the input of linear `name` is rounded, or None if it is not."""
+        return unpack_input(name, self.checkpoint.get, self.schemes[name]) if name in self.schemes else None
 
 
 def open_source(model: PreTrainedModel, checkpoint: Checkpoint) -> Source:

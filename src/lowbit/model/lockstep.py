@@ -17,8 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from lowbit.model.walk import Entry, InputGroup, linears
-from lowbit.numerics import fake_quantize_activation
-from lowbit.scheme import TensorScheme
+from lowbit.tensor import InputGrid
 
 T = TypeVar("T")
 
@@ -48,11 +47,12 @@ class Lockstep:
         index: int,
         entries: list[Entry],
         groups: Sequence[InputGroup],
-        activations: Mapping[str, TensorScheme],
+        activations: Mapping[str, InputGrid],
         watched: Sequence[str] = (),
     ) -> None:
-        """`activations`: the grid that a linear's input is rounded to once its weight is quantized, by local name.
-        `watched`: modules whose input is kept until the batch has passed the block."""
+        """`activations`: the grid that a linear's input is rounded to once its weight is quantized, by local name;
+        looked up when the linear is called, so that a pause can add to it. `watched`: modules whose input is kept
+        until the batch has passed the block."""
         self._main = greenlet.getcurrent()
         self._walkers = [_Walker(lambda e=e: e.run(block, index)) for e in entries]
         for walker, entry in zip(self._walkers, entries, strict=True):
@@ -61,7 +61,7 @@ class Lockstep:
         modules = linears(block)
         group_of = {name: k for k, group in enumerate(groups) for name in group.names}
         self._handles = [
-            module.register_forward_pre_hook(self._pause_and_round(group_of.get(name), activations.get(name)))
+            module.register_forward_pre_hook(self._pause_and_round(group_of.get(name), name, activations))
             for name, module in modules.items()
         ]
         self._handles += [block.get_submodule(n).register_forward_pre_hook(self._keep(n)) for n in watched]
@@ -74,7 +74,7 @@ class Lockstep:
 
         return hook
 
-    def _pause_and_round(self, k: int | None, grid: TensorScheme | None) -> Any:
+    def _pause_and_round(self, k: int | None, name: str, activations: Mapping[str, InputGrid]) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             walker = greenlet.getcurrent()
             if not isinstance(walker, _Walker) or walker.lockstep is not self:
@@ -83,7 +83,8 @@ class Lockstep:
                 walker.passed.add(k)
                 walker.waiting = (k, args[0])
                 self._main.switch(None)
-            return None if grid is None else (fake_quantize_activation(args[0], grid), *args[1:])
+            grid = activations.get(name)
+            return None if grid is None else (grid.round(args[0]), *args[1:])
 
         return hook
 
@@ -144,7 +145,7 @@ class Recompute:
         index: int,
         entries: list[Entry],
         groups: Sequence[InputGroup],
-        activations: Mapping[str, TensorScheme],
+        activations: Mapping[str, InputGrid],
         watched: Sequence[str] = (),
     ) -> None:
         assert not watched, "nothing is kept of what passes by"
@@ -154,17 +155,18 @@ class Recompute:
         self._wanted: int | None = None
         group_of = {name: k for k, group in enumerate(groups) for name in group.names}
         self._handles = [
-            module.register_forward_pre_hook(self._stop_or_round(group_of.get(name), activations.get(name)))
+            module.register_forward_pre_hook(self._stop_or_round(group_of.get(name), name, activations))
             for name, module in linears(block).items()
         ]
 
-    def _stop_or_round(self, k: int | None, grid: TensorScheme | None) -> Any:
+    def _stop_or_round(self, k: int | None, name: str, activations: Mapping[str, InputGrid]) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
             if threading.get_ident() != self._thread:
                 return None  # a batch of another thread's walk through the same block
             if k is not None and k == self._wanted:
                 raise _Reached(args[0])
-            return None if grid is None else (fake_quantize_activation(args[0], grid), *args[1:])
+            grid = activations.get(name)
+            return None if grid is None else (grid.round(args[0]), *args[1:])
 
         return hook
 
@@ -199,7 +201,7 @@ class Walk:
         index: int,
         entries: list[Entry],
         groups: Sequence[InputGroup],
-        activations: Mapping[str, TensorScheme],
+        activations: Mapping[str, InputGrid],
         threads: int,
         watched: Sequence[str] = (),
         *,

@@ -44,7 +44,9 @@ def stored_names(model: PreTrainedModel, checkpoint: Checkpoint) -> tuple[dict[s
 
 
 def under_model_names(model: PreTrainedModel, checkpoint: Checkpoint) -> Checkpoint:
-    """The checkpoint with its tensors under the model's names, and products as (out, in)."""
+    """The checkpoint with its tensors under the model's names, and products as (out, in); once is enough."""
+    if checkpoint.stored:
+        return checkpoint
     names, _ = stored_names(model, checkpoint)
     transposed = frozenset(
         f"{n}.weight"

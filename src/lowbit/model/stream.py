@@ -27,9 +27,9 @@ def stream_logits(checkpoint: Checkpoint, tokens: Tensor) -> Tensor:
     (entry,) = capture_entries(model, blocks, [tokens])
     for i, name in enumerate(blocks.names):
         block = materialize(model, name, source, torch.float32)
-        inside = {n.removeprefix(name + "."): s for n, s in source.schemes.items() if n.startswith(name + ".")}
-        grids = {n: s.activation for n, s in inside.items() if s.activation is not None}
-        (entry.hidden,) = Lockstep(block, i, [entry], (), grids).finish()
+        inside = [n for n in source.schemes if n.startswith(name + ".")]
+        grids = {n.removeprefix(name + "."): source.input_grid(n) for n in inside}
+        (entry.hidden,) = Lockstep(block, i, [entry], (), {n: g for n, g in grids.items() if g is not None}).finish()
         release(block)
     return replay_tail(model, blocks.name, entry, tokens)
 

@@ -90,6 +90,12 @@ def _experts_in(module: nn.Module) -> int:
     return stacked.pop() if len(stacked) == 1 else 0
 
 
+def head_width(config: Any) -> int | None:
+    """Channels of one attention head by the text model's config, or None if it does not say."""
+    width, heads = getattr(config, "hidden_size", None), getattr(config, "num_attention_heads", None)
+    return getattr(config, "head_dim", None) or (width // heads if width and heads else None)
+
+
 @dataclass
 class Entry:
     """What enters the blocks for one batch: the hidden states, and each block's other arguments."""

@@ -9,7 +9,6 @@ from transformers import DynamicCache
 
 from lowbit.model.load import Source, materialize
 from lowbit.model.walk import linears
-from lowbit.numerics import fake_quantize_activation
 from lowbit.runtime.base import Engine
 from lowbit.runtime.linear import QuantizedLinear
 
@@ -27,15 +26,12 @@ class GeneralEngine(Engine):
             quantized = source.linear(name)
             if quantized is None:
                 continue
-            scheme = source.schemes[name]
+            grid = source.input_grid(name)
             if kernels:
                 bias = source.checkpoint.get(f"{name}.bias") if module.bias is not None else None
-                net.set_submodule(name, QuantizedLinear(quantized, scheme, bias, dtype))
-            elif scheme.activation is not None:
-                grid = scheme.activation
-                module.register_forward_pre_hook(
-                    lambda _m, args, g=grid: (fake_quantize_activation(args[0], g), *args[1:])
-                )
+                net.set_submodule(name, QuantizedLinear(quantized, source.schemes[name], bias, dtype, grid))
+            elif grid is not None:
+                module.register_forward_pre_hook(lambda _m, args, g=grid: (g.round(args[0]), *args[1:]))
         materialize(net, "", source, dtype)
         net.tie_weights()
         self.kernels = {}

@@ -2,7 +2,7 @@
 
     int4     4-bit weights in groups, float activations          torch._weight_int4pack_mm_for_cpu
     int8     8-bit weights per row, float activations            torch._weight_int8pack_mm
-    w8a8     int8 weights x int8 activations (scale per token)   torch._int_mm
+    w8a8     int8 weights x int8 activations                     torch._int_mm
     float    no kernel for this grid: dequantized once at load; saves disk, not memory or time
 
 `bytes_read` is what one token's product really reads from memory: the numerator of MBU.
@@ -11,9 +11,8 @@
 import torch
 from torch import Tensor, nn
 
-from lowbit.numerics import fake_quantize_activation
 from lowbit.scheme import Scheme, TensorScheme
-from lowbit.tensor import QuantizedTensor
+from lowbit.tensor import InputGrid, QuantizedTensor
 
 _INT4_GROUPS = (256, 128, 64, 32)
 
@@ -45,13 +44,22 @@ def _int4_group(weight: TensorScheme, columns: int) -> int:
 
 
 class QuantizedLinear(nn.Module):
-    """y = x Wᵀ + b from a QuantizedTensor. x (..., in) in `dtype`; y (..., out) in the same."""
+    """y = x Wᵀ + b from a QuantizedTensor. x (..., in) in `dtype`; y (..., out) in the same. `grid` is how x is
+    rounded, of which the scheme knows the kind but not a stored scale."""
 
     codes: Tensor
     scales: Tensor
 
-    def __init__(self, quantized: QuantizedTensor, scheme: Scheme, bias: Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        quantized: QuantizedTensor,
+        scheme: Scheme,
+        bias: Tensor | None,
+        dtype: torch.dtype,
+        grid: InputGrid | None = None,
+    ) -> None:
         super().__init__()
+        self.grid = InputGrid(scheme.activation) if grid is None and scheme.activation is not None else grid
         self.kernel = choose_kernel(quantized, scheme)
         self.scheme = scheme
         self.out_features, self.in_features = quantized.shape
@@ -91,19 +99,20 @@ class QuantizedLinear(nn.Module):
             case "w8a8":
                 y = self._int8_product(rows)
             case _:
-                rows = (
-                    rows if self.scheme.activation is None else fake_quantize_activation(rows, self.scheme.activation)
-                )
-                y = nn.functional.linear(rows, self.codes)
+                y = nn.functional.linear(rows if self.grid is None else self.grid.round(rows), self.codes)
         y = y.reshape(*x.shape[:-1], self.out_features)
         biased: Tensor = y if self.bias is None else y + self.bias
         return biased
 
     def _int8_product(self, rows: Tensor) -> Tensor:
-        """int8 x int8 -> int32, scaled once by token and once by output: numerics.fake_quantize_activation's grid."""
+        """int8 x int8 -> int32, scaled once by token (or by the stored scale) and once by output: the grid of
+        numerics.fake_quantize_activation."""
         x = rows.float()
-        scale = x.abs().amax(1, keepdim=True) / 127
-        scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-        codes = (x / scale).round().to(torch.int8)
+        if self.grid is not None and self.grid.scale is not None:
+            scale = self.grid.scale.float().reshape(1, 1)
+        else:
+            scale = x.abs().amax(1, keepdim=True) / 127
+            scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+        codes = (x / scale).round().clamp(-128, 127).to(torch.int8)
         product: Tensor = torch._int_mm(codes, self.codes.T).float() * (scale * self.scales)
         return product.to(rows.dtype)

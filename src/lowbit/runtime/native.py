@@ -46,6 +46,8 @@ def why_not(config: Any, schemes: Mapping[str, Scheme], *, rotated: bool = False
             return f"there is no native kernel for {scheme}"
         if weight.granularity == "group" and weight.group_size % 32:
             return f"there is no native kernel for groups of {weight.group_size} (multiples of 32 only)"
+        if scheme.activation is not None and (scheme.static or scheme.activation.kind != "int"):
+            return f"there is no native kernel for the activations of {scheme}"
     if len({s.activation for s in schemes.values()}) > 1:
         return "the native decoder takes one kind of activations for the whole model"
     return None

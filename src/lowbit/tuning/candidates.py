@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from lowbit.algorithms import find_method
+from lowbit.algorithms.compose import parse_method
 from lowbit.errors import InputError
 from lowbit.scheme import Scheme
 from lowbit.tuning.mixed import AUTO, Budget
@@ -51,7 +51,7 @@ def make_candidates(
     for word in words:
         Budget.parse(word) if word.startswith(AUTO) else Scheme.parse(word)
     for method in methods:
-        find_method(method)
+        parse_method(method)
     if not words:
         words = list(SCHEMES)
     return tuple(dict.fromkeys(Candidate(m, w) for w in words for m in methods or ("gptq",)))
