@@ -13,7 +13,9 @@ def quantize(
     model: Annotated[str, typer.Argument(help="A Hugging Face directory, a hub id, or 'demo'.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The directory to make.")],
     scheme: Annotated[str | None, typer.Option(help="What to store: w4a16, w3a16-g64-asym, w8a8, fp8, ...")] = None,
-    method: Annotated[str | None, typer.Option(help="rtn, gptq, awq, smoothquant, hadamard, or parts joined in order: awq+gptq.")] = None,
+    method: Annotated[
+        str | None, typer.Option(help="rtn, gptq, awq, smoothquant, awq+gptq, hadamard+gptq, ...")
+    ] = None,
     calibration: Annotated[str | None, typer.Option(metavar="FILE|hub:NAME", help="Text to calibrate on.")] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration windows (default 128).")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens a window (default 512).")] = None,
