@@ -79,6 +79,12 @@ def test_a_gain_inside_the_noise_is_no_gain() -> None:
     assert "not outside the noise: 1.20x faster per token, 95% interval 0.80x to 1.60x" in verdict(noisy, LIMITS)
 
 
+def test_too_few_runs_call_no_winner() -> None:
+    hasty = candidate("a", 5.0, 0.001)
+    hasty["ratio"]["intervals"]["tpot"]["confidence"] = 0.75
+    assert "not outside the noise: 5.00x faster per token, 75% interval" in verdict(hasty, LIMITS)
+
+
 def test_selection_and_confirmation_must_both_hold() -> None:
     c = candidate("a", 2.0, 0.005)
     c["selection"]["perplexity_increase"] = 0.02

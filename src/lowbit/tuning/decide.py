@@ -10,6 +10,7 @@ OBJECTIVES = {  # name, also of the ratio in the bench document -> what a ratio 
     "throughput": "more tokens a second",
     "memory": "less peak memory",
 }
+LEAST_CONFIDENCE = 0.9  # what too few runs cannot give: no winner is called on them
 LEAST_GAIN = 1.03  # a smaller difference is not worth a changed model
 
 
@@ -76,7 +77,7 @@ def verdict(candidate: dict[str, Any], limits: Limits) -> str:
     if gain < LEAST_GAIN:
         return f"no gain: {gain:.2f}x {better}"
     interval = (candidate["ratio"].get("intervals") or {}).get(limits.optimize)
-    if interval and interval["low"] <= 1:
+    if interval and (interval["low"] <= 1 or interval["confidence"] < LEAST_CONFIDENCE):
         return (
             f"not outside the noise: {gain:.2f}x {better}, {interval['confidence']:.0%} interval "
             f"{interval['low']:.2f}x to {interval['high']:.2f}x"
