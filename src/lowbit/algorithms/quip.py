@@ -34,7 +34,7 @@ class QuipSettings:
     follow_original: towards the original model's outputs (model/original.py)."""
 
     dampening_frac: float = 0.01
-    sweeps: int = 6
+    sweeps: int = 8
     signs_seed: int = 0
     follow_original: bool = True
 
