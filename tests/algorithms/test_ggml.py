@@ -17,10 +17,11 @@ BLOCK_TYPES = [t for t in TYPES.values() if isinstance(t, BlockType)]
 
 @pytest.fixture(scope="module")
 def layer() -> tuple[Tensor, Tensor]:
-    """A weight (48, 512) and the Hessian of correlated inputs with a few loud channels."""
+    """A weight (48, 512) and the Hessian of inputs as real ones are: a few directions carry most of it, and a few
+    channels are loud."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(48, 512, generator=generator) * torch.rand(48, 1, generator=generator)
-    mix = torch.randn(512, 512, generator=generator) / 16 + torch.eye(512)
+    mix = torch.randn(512, 512, generator=generator) * torch.logspace(0, -2, 512)[:, None]
     x = torch.randn(2000, 512, generator=generator) @ mix
     x[:, ::50] *= 6
     return weight, x.T @ x / len(x)

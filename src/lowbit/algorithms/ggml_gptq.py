@@ -191,7 +191,7 @@ def _refine_block(grid: _Grid, block: int, codes: Tensor, G: Tensor, H: Tensor) 
     down = -grid.m[:, groups].repeat_interleave(kind.group, 1)
     steps = _Plane(along, down, G[:, columns], H[columns, columns])
     best, _ = steps.optimum()
-    d0, dmin0 = grid.d[:, block], grid.dmin[:, block]
+    d0, dmin0 = grid.d[:, block].clone(), grid.dmin[:, block].clone()
     d = (d0 + best).to(torch.float16).float()
     d = torch.where((d == 0) | ~torch.isfinite(d), d0, d)
     dmin = (dmin0 + steps.second(d - d0)).to(torch.float16).float()
