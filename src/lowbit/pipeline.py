@@ -23,7 +23,7 @@ from lowbit.algorithms.compose import parse_method, settings_of
 from lowbit.artifact import MANIFEST, Work, check_output, check_same, clean, disk_errors, read_manifest, replaces
 from lowbit.calibration import Calibration, load_calibration
 from lowbit.console import note, track
-from lowbit.equalization import Equalized, make_equalizer
+from lowbit.equalization import Equalized, Equalizer, make_equalizer
 from lowbit.errors import InputError
 from lowbit.forecast import forecast
 from lowbit.formats.choose import Format, format_for
@@ -148,12 +148,8 @@ class _Job:
         """Quantize every block in order, or read it back if it is finished. Returns one report a linear."""
         names = self.blocks.names
         dtype = compute_dtype()
-        entries = [] if calibration is None else self._enter(calibration, dtype)
+        entries, equalizer = ([], None) if calibration is None else self._enter(calibration, dtype)
         original = Original(entries, self.threads) if entries and self._follows() else None
-        equalizer = None
-        if calibration is not None:
-            storage, tokens = self.source.checkpoint.dtype, calibration.tokens
-            equalizer = make_equalizer(self.net, self.blocks, tokens, self.recipe, storage, self.threads)
         layers: list[dict[str, Any]] = []
         for index, name in enumerate(track(names, "quantizing blocks", len(names))):
             started = time.perf_counter()
@@ -178,17 +174,20 @@ class _Job:
         self.equalized = Equalized()
         return layers + self._write_rest()
 
-    def _enter(self, calibration: Calibration, dtype: torch.dtype) -> list[Entry]:
+    def _enter(self, calibration: Calibration, dtype: torch.dtype) -> tuple[list[Entry], Equalizer | None]:
+        """The batches in front of the first block, and what a method that equalizes needs to know of the model."""
         materialize_outside(self.net, self.blocks, self.source, dtype)
         materialize(self.net, self.blocks.names[0], self.source, dtype)
         file = self.work.activations if self.frugal else None
         with disk_errors(self.work.path):
             entries = capture_entries(self.net, self.blocks, calibration.tokens.split(BATCH), file)
+        storage, tokens = self.source.checkpoint.dtype, calibration.tokens
+        equalizer = make_equalizer(self.net, self.blocks, tokens, self.recipe, storage, self.threads)
         release(self.net)
         compute_buffers(self.net)
         for entry in entries[len(entries) - max(len(entries) // HELD_OUT, 1 if len(entries) > 1 else 0) :]:
             entry.held_out = True
-        return entries
+        return entries, equalizer
 
     def _follows(self) -> bool:
         """Whether the method rounds towards the original model's outputs (model/original.py)."""
