@@ -1,36 +1,15 @@
+"""Rotations of channels that many linears share."""
+
 import pytest
 import torch
 
-from lowbit.algorithms.hadamard import block_width, hadamard_matrix, random_rotation
+from lowbit.algorithms.hadamard import random_rotation
 from lowbit.errors import InputError
-
-ORDERS = [1, 2, 4, 8, 12, 20, 24, 28, 36, 40, 44, 60, 64, 68, 76, 84, 108, 140, 192, 256, 576, 896, 1280]
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_hadamard_matrices_are_signs_and_orthogonal(order: int) -> None:
-    H = hadamard_matrix(order)
-    assert H.shape == (order, order)
-    assert bool((H.abs() == 1).all())
-    assert torch.equal(H @ H.T, order * torch.eye(order, dtype=torch.float64))
-
-
-@pytest.mark.parametrize("order", [3, 6, 52, 92, 100])
-def test_orders_that_are_not_known(order: int) -> None:
-    with pytest.raises(ValueError, match=f"order {order}"):
-        hadamard_matrix(order)
-
-
-@pytest.mark.parametrize(
-    ("width", "block"), [(64, 64), (3072, 3072), (3584, 3584), (5120, 5120), (832, 832), (2304, 2304), (52, 4), (92, 4)]
-)
-def test_blocks(width: int, block: int) -> None:
-    assert block_width(width) == block
 
 
 def test_widths_that_cannot_be_mixed() -> None:
     with pytest.raises(InputError, match="51 channels cannot be rotated"):
-        block_width(51)
+        random_rotation(51, 0)
 
 
 @pytest.mark.parametrize("width", [64, 96, 208])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.library import opcheck
 
 from lowbit.kernels import ops, reference
 
@@ -100,10 +101,10 @@ def test_attention_survives_extremes() -> None:
 
 
 def test_opcheck() -> None:
-    torch.library.opcheck(ops.rms_norm_quantize, (torch.randn(3, 64), torch.randn(64), 1e-5, 32))
-    torch.library.opcheck(ops.glu, (torch.randn(3, 64), torch.randn(3, 64), "silu"))
+    opcheck(ops.rms_norm_quantize, (torch.randn(3, 64), torch.randn(64), 1e-5, 32))
+    opcheck(ops.glu, (torch.randn(3, 64), torch.randn(3, 64), "silu"))
     angle = torch.rand(9, 8)
-    torch.library.opcheck(ops.rope, (torch.randn(3, 2, 16), torch.arange(3), angle.cos(), angle.sin()))
-    torch.library.opcheck(ops.hadamard, (torch.randn(3, 24),))
+    opcheck(ops.rope, (torch.randn(3, 2, 16), torch.arange(3), angle.cos(), angle.sin()))
+    opcheck(ops.hadamard, (torch.randn(3, 24),))
     q, kv = torch.randn(3, 4, 16), torch.randn(3, 2, 16)
-    torch.library.opcheck(ops.attention, (q, kv, kv, "fp16", 0, 0.25, 0.0, 0))
+    opcheck(ops.attention, (q, kv, kv, "fp16", 0, 0.25, 0.0, 0))

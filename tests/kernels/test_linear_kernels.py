@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.library import opcheck
 
 from lowbit.kernels import ops, pack, reference
 
@@ -203,7 +204,7 @@ def test_bad_weights_are_refused(codes: Tensor, scale: Tensor, bits: int, messag
 
 def test_opcheck() -> None:
     _, w = weight_and_packed(20, 64, 32, 4, True, 32)
-    torch.library.opcheck(ops.linear_op, (torch.randn(3, 64), *ops.described(w), 32))
+    opcheck(ops.linear_op, (torch.randn(3, 64), *ops.described(w), 32))
 
 
 def test_operator_and_twin_agree() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.library import opcheck
 
 from lowbit.errors import InputError
 from lowbit.kernels import reference
@@ -123,10 +124,10 @@ def test_operators() -> None:
     torch.manual_seed(0)
     cache, slots = empty(3, 2, 16, 32, torch.int8), torch.arange(9)
     k, v = torch.randn(2, 9, 2, 32)
-    torch.library.opcheck(ops.kv_store, (k, v, *cache, slots))
+    opcheck(ops.kv_store, (k, v, *cache, slots))
     ops.kv_store(k, v, *cache, slots)
     q, table, lengths = torch.randn(1, 4, 32), torch.zeros(1, 3, dtype=torch.int32), torch.tensor([9])
-    torch.library.opcheck(ops.paged_attention, (q, *cache, table, lengths, 0.2, 0.0, 0))
+    opcheck(ops.paged_attention, (q, *cache, table, lengths, 0.2, 0.0, 0))
     assert torch.equal(
         ops.paged_attention(q, *cache, table, lengths, 0.2, 0.0, 0),
         twins.attention(q, cache, table, lengths, 0.2, 0.0, 0),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.library import opcheck
 
 from lowbit.kernels import reference
 from lowbit.kernels.triton import PLACE, ops, twins
@@ -118,12 +119,12 @@ def test_bad_scales_are_refused() -> None:
 
 def test_operators() -> None:
     x, weight = torch.randn(3, 64), torch.randn(64)
-    torch.library.opcheck(ops.quantize, (x, weight, 1e-5, 32, torch.int8))
+    opcheck(ops.quantize, (x, weight, 1e-5, 32, torch.int8))
     codes, scale = ops.quantize(x, None, 0.0, 0, torch.int8)
     assert torch.equal(codes, reference.quantize_rows(x, 0)[0])
     w = torch.randint(-127, 128, (8, 64), dtype=torch.int8)
     arguments = (codes, scale, w, torch.rand(8, 1), None, torch.float32)
-    torch.library.opcheck(ops.scaled_linear, arguments)
+    opcheck(ops.scaled_linear, arguments)
     assert torch.equal(
         ops.scaled_linear(*arguments), twins.int8_linear(codes, scale[:, 0], w, arguments[3][:, 0], None, torch.float32)
     )

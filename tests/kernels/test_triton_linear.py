@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from torch.library import opcheck
 
 from lowbit.errors import InputError
 from lowbit.kernels.triton import PLACE, layout, ops, twins
@@ -150,4 +151,4 @@ def test_operator() -> None:
     _, w = dense_and_tiled(20, 64, 32, 3, True)
     x = torch.randn(2, 3, 64).bfloat16()
     assert torch.equal(ops.linear(x, w), twins.linear(x, w))
-    torch.library.opcheck(ops.linear_op, (x, *w.tensors(), w.bits, w.rows, w.cols, w.group))
+    opcheck(ops.linear_op, (x, *w.tensors(), w.bits, w.rows, w.cols, w.group))

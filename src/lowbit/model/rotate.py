@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from lowbit.algorithms.hadamard import HadamardSettings, Rotation, random_rotation
+from lowbit.algorithms.hadamard import ChannelRotation, HadamardSettings, random_rotation
 from lowbit.console import note
 from lowbit.errors import InputError
 from lowbit.model.checkpoint import Checkpoint
@@ -106,11 +106,11 @@ def _rotate_values(
         made = width // fold.repeat
         if fold.norm or made % dim:
             continue
-        rows = Rotation(one.signs.repeat(made // dim), one.matrix)
-        columns = Rotation(one.signs.repeat(width // dim), one.matrix)
+        rows = ChannelRotation(one.signs.repeat(made // dim), dim)
+        columns = ChannelRotation(one.signs.repeat(width // dim), dim)
         part = slice(fold.start, fold.start + made)
 
-        def turn_rows(t: Tensor, part: slice = part, rows: Rotation = rows) -> Tensor:
+        def turn_rows(t: Tensor, part: slice = part, rows: ChannelRotation = rows) -> Tensor:
             t = t.clone()
             t[part] = rows.apply_rows(t[part])
             return t
@@ -132,7 +132,7 @@ def _rotate_stream(
     checkpoint: Checkpoint,
     folds: list[Fold],
     edits: dict[str, list[Edit]],
-    rotation: Rotation,
+    rotation: ChannelRotation,
 ) -> None:
     """R1. Reads gains from the checkpoint when a tensor is asked for, so nothing large is held."""
     readers = {n: f for f in folds if f.norm for n in f.consumers}
@@ -190,7 +190,7 @@ def _final_norm(net: PreTrainedModel, blocks: Blocks, head: str, width: int) -> 
 
 
 def _prove(
-    net: PreTrainedModel, blocks: Blocks, checkpoint: Checkpoint, rotated: Rotated, rotation: Rotation | None
+    net: PreTrainedModel, blocks: Blocks, checkpoint: Checkpoint, rotated: Rotated, rotation: ChannelRotation | None
 ) -> None:
     """Compute the parts before, in and behind the blocks both ways. Raises InputError where they differ."""
 
