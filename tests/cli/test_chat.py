@@ -43,9 +43,10 @@ class Terminal:
 
     def __init__(self, *words: object) -> None:
         self.master, slave = pty.openpty()
+        slow = {"LOWBIT_ISA": "portable", "LOWBIT_NUM_THREADS": "1"}  # an answer must last until it is interrupted
         self.process = subprocess.Popen(
             [*CHAT, *map(str, words)], stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0), env={**os.environ, "TERM": "dumb"},
+            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0), env={**os.environ, **slow, "TERM": "dumb"},
         )  # fmt: skip
         os.close(slave)
         self.seen = ""
