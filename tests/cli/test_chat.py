@@ -7,6 +7,7 @@ import pty
 import re
 import select
 import shutil
+import signal
 import subprocess
 import sys
 import termios
@@ -38,6 +39,12 @@ def chat(*words: object, say: str = "") -> subprocess.CompletedProcess[str]:
     return subprocess.run([*CHAT, *map(str, words)], input=say, capture_output=True, text=True, check=False)
 
 
+def own_terminal() -> None:
+    """In the child: the terminal is its own, and Ctrl-C works even where the tests were started with it ignored."""
+    fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 class Terminal:
     """`lowbit chat` on a terminal of its own, which Ctrl-C and Ctrl-D are typed into."""
 
@@ -46,7 +53,7 @@ class Terminal:
         slow = {"LOWBIT_ISA": "portable", "LOWBIT_NUM_THREADS": "1"}  # an answer must last until it is interrupted
         self.process = subprocess.Popen(
             [*CHAT, *map(str, words)], stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0), env={**os.environ, **slow, "TERM": "dumb"},
+            preexec_fn=own_terminal, env={**os.environ, **slow, "TERM": "dumb"},
         )  # fmt: skip
         os.close(slave)
         self.seen = ""
