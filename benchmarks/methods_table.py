@@ -31,7 +31,7 @@ CASES = [
     ("w3a16", "gptq", ""), ("w3a16", "gptq", "follow_original=true"), ("e8p3", "quip", ""),
     ("w2a16", "gptq", ""), ("w2a16-midrise", "gptq", "follow_original=true"), ("e8p2", "quip", ""),
 ]  # fmt: skip
-PEERS = [  # ../shared measurements of the peers, as benchmarks/peers makes them: what, bits, perplexity, KL
+PEERS = [  # as benchmarks/peers measures them: what, perplexity, KL
     ("llm-compressor GPTQ w4", "12.902", "0.00411"), ("GPTQModel w4", "12.911", "0.00458"),
     ("AutoRound w4", "12.901", "0.00361"), ("llm-compressor AWQ w4 (asymmetric)", "12.986", "0.00940"),
     ("llm-compressor GPTQ w3", "13.146", "0.01963"), ("AutoRound w3", "13.047", "0.01383"),
