@@ -109,12 +109,12 @@ def quantize(
         clean(output)
         return {**manifest["summary"], "output": str(output), "layers": manifest["layers"]}
     method = parse_method(recipe.method)
-    view = checkpoint
     if method.rotation is not None:
-        view = rotate(checkpoint, settings_of(method, dict(recipe.set))[method.rotation], recipe.seed)
+        turned = rotate(checkpoint, settings_of(method, dict(recipe.set))[method.rotation], recipe.seed)
+        source = open_source(net, turned)
     work = Work(output, identity, resume=resume, force=force)
     layout = format_for(plan.schemes.values(), own_layout=METHODS[method.rounding].own_layout)
-    job = _Job(net, open_source(net, view), blocks, plan, recipe, work, layout, torch.get_num_threads(), frugal)
+    job = _Job(net, source, blocks, plan, recipe, work, layout, torch.get_num_threads(), frugal)
     layers = job.run(calibration)
     document = document_of(output, recipe, layers, time.perf_counter() - start)
     rotated = [checkpoint.stored_module(r["name"]) for r in layers if r["rotated"]]

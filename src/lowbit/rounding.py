@@ -9,6 +9,7 @@ import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from lowbit.model.lockstep import Walk
 from lowbit.model.walk import Entry
 from lowbit.recipe import Recipe
 from lowbit.scheme import Scheme, TensorScheme
-from lowbit.stats import Hessian, quadratic_loss
+from lowbit.stats import Hessian, quadratic_losses
 from lowbit.tensor import QuantizedTensor
 
 WORSE = "worse than rtn on held-out windows"  # rtn is the better choice there, not the lack of one
@@ -68,13 +69,20 @@ class Statistics:
             total.held_out.merge(share.held_out)
         return total
 
-    def loss(self, error: Tensor) -> tuple[float, float | None]:
-        """(loss under all calibration rows, loss under the held-out ones if there are any) of an error (out, in)."""
+    @cached_property
+    def judges(self) -> tuple[Tensor, ...]:
+        """The curvature (in, in) of all calibration rows, and that of the held-out ones if there are any."""
+        if not self.held_out.rows:
+            return (self.train.mean(),)
         every = Hessian(self.train.width)
         every.merge(self.train)
         every.merge(self.held_out)
-        held_out = quadratic_loss(error, self.held_out.mean()) if self.held_out.rows else None
-        return quadratic_loss(error, every.mean()), held_out
+        return every.mean(), self.held_out.mean()
+
+    def loss(self, error: Tensor) -> tuple[float, float | None]:
+        """(loss under all calibration rows, loss under the held-out ones if there are any) of an error (out, in)."""
+        every, *held_out = quadratic_losses(error, *self.judges)
+        return every, held_out[0] if held_out else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,10 +154,11 @@ def round_linears(
         loss = loss_rtn = relative = None
         if statistics is not None and statistics.train.rows:
             unit = units.get(name, Units())
-            loss, _ = statistics.loss(unit.scaled(weight.float() - mine.dequantize()))
-            loss_plain, _ = statistics.loss(unit.scaled(weight.float() - theirs.dequantize()))
-            _, held_out = statistics.loss(unit.scaled(target - mine.dequantize()))
-            _, held_out_rtn = statistics.loss(unit.scaled(target - theirs.dequantize()))
+            loss, held_out = statistics.loss(unit.scaled(weight.float() - mine.dequantize()))
+            loss_plain, held_out_rtn = statistics.loss(unit.scaled(weight.float() - theirs.dequantize()))
+            if goals:
+                _, held_out = statistics.loss(unit.scaled(target - mine.dequantize()))
+                _, held_out_rtn = statistics.loss(unit.scaled(target - theirs.dequantize()))
             if reason is None and held_out is not None and held_out_rtn is not None and held_out > held_out_rtn:
                 chosen, reason, loss = theirs, f"{WORSE}: rtn", loss_plain
             loss_rtn = loss_plain if unit.original else statistics.loss(unit.plain_error(weight, grid, scale_dtype))[0]
