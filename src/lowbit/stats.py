@@ -49,7 +49,7 @@ class Hessian:
 
 
 def quadratic_losses(error: Tensor, *hessians: Tensor) -> list[float]:
-    """Mean over output channels of e H eᵀ for each symmetric H (in, in) and error (out, in): mean squared output errors.
+    """Mean over output channels of e H eᵀ, for an error (out, in) and each symmetric H (in, in): squared output errors.
 
     Σ e H eᵀ = ⟨EᵀE, H⟩: one product of half the cost of E H serves every H.
     """
