@@ -54,6 +54,7 @@ from lowbit.rounding import Rounded, Statistics, Units, block_line, round_linear
 from lowbit.scheme import Scheme
 from lowbit.shards import Later, read_tensor
 from lowbit.tensor import InputGrid
+from lowbit.workers import check_workers, using
 
 HELD_OUT = 16  # one batch in this many checks the method instead of feeding it
 
@@ -68,18 +69,21 @@ def quantize(
     force: bool = False,
     max_memory: int | None = None,
     dry_run: bool = False,
+    workers: int = 1,
     **words: Any,
 ) -> dict[str, Any]:
     """Quantize `model` into the directory `output`; returns the `quantize` document.
 
     The recipe is given whole or as its words (scheme="w4a16", method="gptq", ...). Raises InputError for bad input;
     an interrupted run leaves `output`.partial, which resume=True finishes to the same bytes. `max_memory` (bytes, by
-    default what is available) decides whether activations stay in memory; it changes nothing in the result. With
-    `dry_run` nothing is written, and the document holds the forecast only.
+    default what is available) decides whether activations stay in memory, `workers` how many processes round weights
+    (lowbit/workers.py); neither changes the result. With `dry_run` nothing is written, and the document holds the
+    forecast only.
     """
     recipe = recipe or Recipe(**words)
     start = time.perf_counter()
     output = Path(output)
+    check_workers(workers)
     check_output(output, resume=resume, force=force)
     checkpoint = open_checkpoint(model)
     net = skeleton(checkpoint)
@@ -115,7 +119,8 @@ def quantize(
     work = Work(output, identity, resume=resume, force=force)
     layout = format_for(plan.schemes.values(), own_layout=METHODS[method.rounding].own_layout)
     job = _Job(net, open_source(net, view), blocks, plan, recipe, work, layout, torch.get_num_threads(), frugal)
-    layers = job.run(calibration)
+    with using(workers):
+        layers = job.run(calibration)
     document = document_of(output, recipe, layers, time.perf_counter() - start)
     rotated = [checkpoint.stored_module(r["name"]) for r in layers if r["rotated"]]
     config = layout.quantization_config(named_twice(plan.schemes, checkpoint), rotated)

@@ -4,11 +4,11 @@ The guard: a method's result is kept only where its output error on held-out cal
 plain round-to-nearest's; otherwise RTN stands and the report's `fallback` says why. Nothing falls back silently.
 """
 
-import contextlib
 import re
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +26,7 @@ from lowbit.recipe import Recipe
 from lowbit.scheme import Scheme, TensorScheme
 from lowbit.stats import Hessian, quadratic_loss
 from lowbit.tensor import QuantizedTensor
+from lowbit.workers import one_thread, side_by_side
 
 WORSE = "worse than rtn on held-out windows"  # rtn is the better choice there, not the lack of one
 UNREACHED = "no calibration token reached this layer: rtn"
@@ -118,19 +119,57 @@ def round_linears(
     recipe without calibration data; `goals` is what to round instead of the weights (model/original.py), `units` says
     which weights were equalized. Raises InputError if the activations are mostly not finite.
     """
-    grid = scheme.weight
+    grid, started = scheme.weight, time.perf_counter()
     assert grid is not None
-    units = units or {}
     one_by_one = METHODS[parse_method(recipe.method).rounding].one_by_one or _clips(recipe)
     if len(weights) > 1 and (one_by_one or grid.granularity not in ("channel", "group")):
-        alone = ({name: weight} for name, weight in weights.items())
-        every = (round_linears(w, scheme, statistics, recipe, scale_dtype, goals, units) for w in alone)
-        return {k: v for rounded in every for k, v in rounded.items()}
-    started = time.perf_counter()
-    stacked = torch.cat([w.float() for w in weights.values()])
-    plain = rtn(stacked, grid, scale_dtype)
-    goal = torch.cat([goals[name] for name in weights]) if goals else stacked
-    result, notes, fallback = _apply(next(iter(weights)), goal, scheme, statistics, recipe, plain)
+        matrices = [_Matrix.of({name: weight}, grid, scale_dtype, goals) for name, weight in weights.items()]
+    else:
+        matrices = [_Matrix.of(weights, grid, scale_dtype, goals)]
+    apply = [partial(_apply, m.name, m.goal, scheme, statistics, recipe, m.plain) for m in matrices]
+    applied = side_by_side(apply) if len(apply) > 1 else [apply[0]()]
+    rounded: dict[str, Rounded] = {}
+    for matrix, (result, notes, fallback) in zip(matrices, applied, strict=True):
+        rounded |= _judged(matrix, result, notes, fallback, scheme, statistics, scale_dtype, units or {}, started)
+    return rounded
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """What is rounded at once: one linear, or several as rows of one matrix; its goal (rows, in), and plain RTN's."""
+
+    weights: Mapping[str, Tensor]
+    goal: Tensor
+    plain: QuantizedTensor
+
+    @staticmethod
+    def of(
+        weights: Mapping[str, Tensor], grid: TensorScheme, scale_dtype: torch.dtype, goals: Mapping[str, Tensor] | None
+    ) -> "_Matrix":
+        stacked = torch.cat([w.float() for w in weights.values()])
+        goal = torch.cat([goals[name] for name in weights]) if goals else stacked
+        return _Matrix(weights, goal, rtn(stacked, grid, scale_dtype))
+
+    @property
+    def name(self) -> str:
+        """The first linear's."""
+        return next(iter(self.weights))
+
+
+def _judged(
+    matrix: _Matrix,
+    result: QuantizedTensor,
+    notes: dict[str, Any],
+    fallback: str | None,
+    scheme: Scheme,
+    statistics: Statistics | None,
+    scale_dtype: torch.dtype,
+    units: Mapping[str, Units],
+    started: float,
+) -> dict[str, Rounded]:
+    """The linears of a matrix apart again, each with the method's result or RTN and the report on it."""
+    grid, weights, goal, plain = scheme.weight, matrix.weights, matrix.goal, matrix.plain
+    assert grid is not None
     sizes = [len(w) for w in weights.values()]
     whole = len(sizes) == 1
     parts = zip(
@@ -197,18 +236,6 @@ def _clips(recipe: Recipe) -> bool:
     return (
         method.equalization == "awq" and method.rounding == "rtn" and settings_of(method, dict(recipe.set))["awq"].clip
     )
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Column loops are thousands of operations of a few microseconds: a second thread costs more than it brings,
-    and on a busy machine each waits for it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _apply(

@@ -92,3 +92,17 @@ class QuantizedTensor:
             )
             for i in range(len(sizes))
         ]
+
+
+def join_rows(parts: list[QuantizedTensor]) -> QuantizedTensor:
+    """Rows that were quantized apart, on one grid and under one tensor scale, as one tensor again."""
+    if len(parts) == 1:
+        return parts[0]
+    assert all(p.rotation is None for p in parts), "a rotation of the outputs spans rows"
+
+    def join(name: str) -> Tensor | None:
+        every = [getattr(part, name) for part in parts]
+        return None if every[0] is None else torch.cat(every)
+
+    codes, scale = torch.cat([p.codes for p in parts]), torch.cat([p.scale for p in parts])
+    return replace(parts[0], codes=codes, scale=scale, zero_point=join("zero_point"), table=join("table"))

@@ -19,7 +19,8 @@ from lowbit.model.load import Source, materialize, materialize_outside
 from lowbit.model.lockstep import Walk
 from lowbit.model.walk import Blocks, Entry, capture_entries, input_groups, linears
 from lowbit.pipeline import HELD_OUT
-from lowbit.rounding import Statistics, one_thread
+from lowbit.rounding import Statistics
+from lowbit.workers import one_thread
 
 
 @dataclass
