@@ -28,6 +28,7 @@ from lowbit.errors import InputError
 from lowbit.forecast import forecast
 from lowbit.formats.choose import Format, format_for
 from lowbit.formats.compressed_tensors import unpack_input
+from lowbit.losses import Statistics, Units
 from lowbit.manifest import document_of, finish_directory, named_twice, shard_name, versions
 from lowbit.memory import BATCH, choose_frugal, estimate_memory, give_back
 from lowbit.model.checkpoint import DEMO, Checkpoint, open_checkpoint, read_header
@@ -50,7 +51,7 @@ from lowbit.model.walk import Blocks, Entry, capture_entries, find_blocks, input
 from lowbit.preflight import Plan, check_disk, make_plan
 from lowbit.recipe import Recipe
 from lowbit.repair import repair
-from lowbit.rounding import Rounded, Statistics, Units, block_line, round_linears, round_plain
+from lowbit.rounding import Rounded, block_line, round_linears, round_plain
 from lowbit.scheme import Scheme
 from lowbit.shards import Later, read_tensor
 from lowbit.tensor import InputGrid
@@ -113,12 +114,12 @@ def quantize(
         clean(output)
         return {**manifest["summary"], "output": str(output), "layers": manifest["layers"]}
     method = parse_method(recipe.method)
-    view = checkpoint
     if method.rotation is not None:
-        view = rotate(checkpoint, settings_of(method, dict(recipe.set))[method.rotation], recipe.seed)
+        turned = rotate(checkpoint, settings_of(method, dict(recipe.set))[method.rotation], recipe.seed)
+        source = open_source(net, turned)
     work = Work(output, identity, resume=resume, force=force)
     layout = format_for(plan.schemes.values(), own_layout=METHODS[method.rounding].own_layout)
-    job = _Job(net, open_source(net, view), blocks, plan, recipe, work, layout, torch.get_num_threads(), frugal)
+    job = _Job(net, source, blocks, plan, recipe, work, layout, torch.get_num_threads(), frugal)
     with using(workers):
         layers = job.run(calibration)
     document = document_of(output, recipe, layers, time.perf_counter() - start)

@@ -6,7 +6,7 @@ plain round-to-nearest's; otherwise RTN stands and the report's `fallback` says 
 
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -20,11 +20,9 @@ from lowbit.algorithms.compose import parse_method, settings_of
 from lowbit.algorithms.rtn import rtn
 from lowbit.errors import InputError
 from lowbit.formats.compressed_tensors import code_bits
-from lowbit.model.lockstep import Walk
-from lowbit.model.walk import Entry
+from lowbit.losses import Statistics, Units, output_loss
 from lowbit.recipe import Recipe
 from lowbit.scheme import Scheme, TensorScheme
-from lowbit.stats import Hessian, quadratic_loss
 from lowbit.tensor import QuantizedTensor
 from lowbit.workers import one_thread, side_by_side
 
@@ -40,68 +38,6 @@ class Rounded:
     quantized: QuantizedTensor
     report: dict[str, Any]
     input_scale: Tensor | None = None  # [1], for stored activation scales
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Of one input: what the method sees, and what judges it."""
-
-    train: Hessian
-    held_out: Hessian
-
-    @staticmethod
-    def empty(width: int) -> "Statistics":
-        return Statistics(Hessian(width), Hessian(width))
-
-    @staticmethod
-    def collect(walk: Walk, k: int, width: int) -> "Statistics":
-        """Of the k-th input group of the block that `walk` goes through."""
-
-        def gather(inputs: Iterator[tuple[Entry, Tensor]]) -> Statistics:
-            share = Statistics.empty(width)
-            for entry, x in inputs:
-                (share.held_out if entry.held_out else share.train).update(x)
-            return share
-
-        total = Statistics.empty(width)
-        for share in walk.collect(k, gather):
-            total.train.merge(share.train)
-            total.held_out.merge(share.held_out)
-        return total
-
-    def loss(self, error: Tensor) -> tuple[float, float | None]:
-        """(loss under all calibration rows, loss under the held-out ones if there are any) of an error (out, in)."""
-        every = Hessian(self.train.width)
-        every.merge(self.train)
-        every.merge(self.held_out)
-        held_out = quadratic_loss(error, self.held_out.mean()) if self.held_out.rows else None
-        return quadratic_loss(error, every.mean()), held_out
-
-
-@dataclass(frozen=True, eq=False)
-class Units:
-    """How an equalized weight relates to the original one: W = original · columns / rows.
-
-    Losses are reported for the original model: its outputs are `rows` times as large, its inputs `columns` times.
-    """
-
-    columns: Tensor | None = None  # (in,)
-    rows: Tensor | None = None  # (out,)
-
-    @property
-    def original(self) -> bool:
-        return self.columns is None and self.rows is None
-
-    def scaled(self, difference: Tensor) -> Tensor:
-        """A difference of weights (out, in) with outputs in the original's units."""
-        return difference if self.rows is None else difference * self.rows[:, None]
-
-    def plain_error(self, weight: Tensor, grid: TensorScheme, scale_dtype: torch.dtype) -> Tensor:
-        """The same of the original weight rounded to nearest under plain min-max scales."""
-        original = weight.float() if self.rows is None else weight.float() * self.rows[:, None]
-        original = original if self.columns is None else original / self.columns
-        difference = original - rtn(original, grid, scale_dtype).dequantize()
-        return difference if self.columns is None else difference * self.columns
 
 
 def round_linears(
@@ -136,19 +72,21 @@ def round_linears(
 
 @dataclass(frozen=True)
 class _Matrix:
-    """What is rounded at once: one linear, or several as rows of one matrix; its goal (rows, in), and plain RTN's."""
+    """What is rounded at once: one linear, or several as rows of one matrix; its goal (rows, in), which is not the
+    weights themselves if `corrected`; and what plain RTN makes of the weights."""
 
     weights: Mapping[str, Tensor]
     goal: Tensor
+    corrected: bool
     plain: QuantizedTensor
 
     @staticmethod
     def of(
         weights: Mapping[str, Tensor], grid: TensorScheme, scale_dtype: torch.dtype, goals: Mapping[str, Tensor] | None
     ) -> "_Matrix":
-        stacked = torch.cat([w.float() for w in weights.values()])
+        stacked = torch.cat(list(weights.values()))
         goal = torch.cat([goals[name] for name in weights]) if goals else stacked
-        return _Matrix(weights, goal, rtn(stacked, grid, scale_dtype))
+        return _Matrix(weights, goal, bool(goals), rtn(stacked, grid, scale_dtype))
 
     @property
     def name(self) -> str:
@@ -185,14 +123,15 @@ def _judged(
         loss = loss_rtn = relative = None
         if statistics is not None and statistics.train.rows:
             unit = units.get(name, Units())
-            loss, _ = statistics.loss(unit.scaled(weight.float() - mine.dequantize()))
-            loss_plain, _ = statistics.loss(unit.scaled(weight.float() - theirs.dequantize()))
-            _, held_out = statistics.loss(unit.scaled(target - mine.dequantize()))
-            _, held_out_rtn = statistics.loss(unit.scaled(target - theirs.dequantize()))
+            loss, held_out = output_loss(statistics, weight, mine, unit)
+            loss_plain, held_out_rtn = output_loss(statistics, weight, theirs, unit)
+            if matrix.corrected:
+                _, held_out = output_loss(statistics, target, mine, unit)
+                _, held_out_rtn = output_loss(statistics, target, theirs, unit)
             if reason is None and held_out is not None and held_out_rtn is not None and held_out > held_out_rtn:
                 chosen, reason, loss = theirs, f"{WORSE}: rtn", loss_plain
             loss_rtn = loss_plain if unit.original else statistics.loss(unit.plain_error(weight, grid, scale_dtype))[0]
-            signal, _ = statistics.loss(unit.scaled(weight.float()))
+            signal, _ = output_loss(statistics, weight, None, unit)
             relative = (loss / signal) ** 0.5 if signal > 0 else 0.0
         report = {
             "name": name,

@@ -11,6 +11,8 @@ from lowbit.lattice import WIDTH
 from lowbit.numerics import dequantize, fake_quantize_activation
 from lowbit.scheme import TensorScheme
 
+ROWS = 1024  # of a weight, worked on at once: what one column touches stays in the cache
+
 
 @dataclass(frozen=True)
 class InputGrid:
@@ -92,6 +94,12 @@ class QuantizedTensor:
             )
             for i in range(len(sizes))
         ]
+
+
+def row_pieces(weight: Tensor, scheme: TensorScheme) -> tuple[Tensor, ...]:
+    """Rows of weight (out, in) in pieces of about ROWS: no scale spans two of them, but the whole tensor's."""
+    tile, _ = scheme.tile(*weight.shape)
+    return weight.split(max(ROWS // tile, 1) * tile)
 
 
 def join_rows(parts: list[QuantizedTensor]) -> QuantizedTensor:

@@ -27,10 +27,8 @@ from lowbit.algorithms.any4 import learn_table
 from lowbit.algorithms.scale_search import search_qparams
 from lowbit.numerics import choose_qparams, nearest_value, quantize, storable, tensor_scale_of
 from lowbit.scheme import TensorScheme
-from lowbit.tensor import QuantizedTensor, join_rows
+from lowbit.tensor import QuantizedTensor, join_rows, row_pieces
 from lowbit.workers import side_by_side
-
-ROWS = 1024  # of a weight, worked on at once: what a column touches stays in the cache
 
 
 @dataclass(frozen=True)
@@ -57,7 +55,7 @@ def gptq(
     tensor_scale = tensor_scale_of(weight, scheme)
     H = alive(hessian.float())
     order = column_order(H.diagonal(), scheme, settings.desc_act)
-    U, used = inverse_cholesky(H[order][:, order], settings.dampening_frac)
+    U, used = inverse_cholesky(H, settings.dampening_frac, order)
 
     def some(rows: Tensor) -> QuantizedTensor:
         rows = rows.float() if tensor_scale is None else rows.float() * tensor_scale
@@ -72,9 +70,7 @@ def gptq(
 def by_rows(work: Callable[[Tensor], QuantizedTensor], weight: Tensor, scheme: TensorScheme) -> QuantizedTensor:
     """`work` on pieces of the rows of weight (out, in), side by side. The rows' codes do not depend on each other;
     only a scale of the whole tensor does."""
-    tile, _ = scheme.tile(*weight.shape)
-    pieces = weight.split(max(ROWS // tile, 1) * tile)
-    return join_rows(side_by_side([partial(work, piece) for piece in pieces]))
+    return join_rows(side_by_side([partial(work, piece) for piece in row_pieces(weight, scheme)]))
 
 
 def feedback(
@@ -144,16 +140,19 @@ def column_order(diagonal: Tensor, scheme: TensorScheme, desc_act: bool) -> Tens
     return inside[groups].reshape(-1)
 
 
-def inverse_cholesky(H: Tensor, dampening_frac: float) -> tuple[Tensor, float]:
-    """Upper U with Uᵀ U = (H + λI)⁻¹, and the λ / mean(diag H) that made H positive definite."""
-    eye = torch.eye(len(H)) * H.diagonal().mean()
-    fraction = dampening_frac
+def inverse_cholesky(H: Tensor, dampening_frac: float, order: Tensor | None = None) -> tuple[Tensor, float]:
+    """Upper U with Uᵀ U = (H + λI)⁻¹, columns and rows in `order`, and the λ / mean(diag H) that made H positive
+    definite. All of it happens in one matrix beside H: a wide linear's takes hundreds of megabytes."""
+    fraction, failed = dampening_frac, torch.empty((), dtype=torch.int32)
     for _ in range(6):
-        lower, failed = torch.linalg.cholesky_ex(H + fraction * eye)
+        matrix = (H.clone() if order is None else H[order[:, None], order]).T  # symmetric; LAPACK works by columns
+        matrix.diagonal().add_(H.diagonal().mean() * fraction)
+        torch.linalg.cholesky_ex(matrix, out=(matrix, failed))
         if not int(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            torch.cholesky_inverse(matrix, out=matrix)
+            torch.linalg.cholesky_ex(matrix, upper=True, out=(matrix, failed))
             if not int(failed):
-                return upper, fraction
+                return matrix, fraction
         fraction = max(fraction * 10, 1e-4)
     raise ValueError(f"the Hessian is not positive definite even with dampening_frac {fraction / 10:g}")
 
