@@ -95,8 +95,9 @@ def quantize(
     check_disk(plan, output, resume=resume)
     probe(net, source, blocks)
     calibration = find_calibration(checkpoint, recipe)
-    memory = estimate_memory(net, blocks, recipe, torch.get_num_threads())
+    memory = estimate_memory(net, blocks, recipe, checkpoint.dtype, torch.get_num_threads(), workers)
     frugal = choose_frugal(memory, max_memory)
+    check_disk(plan, output, resume=resume, spilled=memory.spilled if frugal else 0)
     predicted = forecast(net, plan, recipe, memory, frugal=frugal, small_too=dry_run)
     if dry_run:
         return {"output": str(output), "scheme": recipe.scheme, "method": recipe.method, "predicted": predicted}

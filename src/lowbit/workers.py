@@ -147,7 +147,7 @@ def _work(pieces: Sequence[Callable[[], Any]], pipe: Connection, parent: int) ->
                 answer = [piece() for piece in pieces]
             except Exception as error:  # the parent raises it
                 answer = error
-            pipe.send(answer)
+            pipe.send_bytes(pickle.dumps(answer, protocol=5))  # by value: what torch shares would end with the child
             status = 0
     finally:
         os._exit(status)
@@ -161,8 +161,8 @@ def _answers(children: Sequence[_Child]) -> list[Any]:
         for pipe in wait(list(waiting)):
             k = waiting.pop(pipe)
             try:
-                answers[k] = children[k].pipe.recv()
-            except (EOFError, OSError, pickle.UnpicklingError) as error:
+                answers[k] = pickle.loads(children[k].pipe.recv_bytes())
+            except (EOFError, OSError) as error:
                 raise WorkerError(_ending(k, len(children), children[k])) from error
     return [answers[k] for k in range(len(children))]
 
