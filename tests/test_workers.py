@@ -131,7 +131,7 @@ def test_a_killed_worker_leaves_no_output_and_the_run_is_resumed(
 ) -> None:
     quantize(tmp_path / "whole")
     with monkeypatch.context() as patch:
-        in_a_worker(patch, 50, lambda: os.kill(os.getpid(), signal.SIGKILL))  # in the second block: 42 are the first's
+        in_a_worker(patch, 70, lambda: os.kill(os.getpid(), signal.SIGKILL))  # in the second block: 64 are the first's
         with pytest.raises(WorkerError, match="killed by SIGKILL"):
             quantize(tmp_path / "out", workers=2)
     assert not (tmp_path / "out").exists()

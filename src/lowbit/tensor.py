@@ -99,7 +99,8 @@ class QuantizedTensor:
 def row_pieces(weight: Tensor, scheme: TensorScheme) -> tuple[Tensor, ...]:
     """Rows of weight (out, in) in pieces of about ROWS: no scale spans two of them, but the whole tensor's."""
     tile, _ = scheme.tile(*weight.shape)
-    return weight.split(max(ROWS // tile, 1) * tile)
+    pieces: tuple[Tensor, ...] = weight.split(max(ROWS // tile, 1) * tile)
+    return pieces
 
 
 def join_rows(parts: list[QuantizedTensor]) -> QuantizedTensor:
