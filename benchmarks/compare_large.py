@@ -32,23 +32,21 @@ WINDOW = 512
 POLL_SECONDS = 0.1
 
 
-def make_model(path: Path) -> None:
-    """The random model with the demo's tokenizer; a block at a time would be smaller, but this is done once."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+SHAPE = {
+    "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 8192,
+}  # fmt: skip
 
-    config = LlamaConfig(
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=16,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=32000,
-        max_position_embeddings=8192,
+
+def make_model(path: Path, **shape: int) -> None:
+    """A random bfloat16 Llama (1.1 billion parameters, or of another shape) with the demo's tokenizer, in a process
+    of its own, so that this one's memory and torch's settings stay as they are."""
+    code = (
+        "import json, sys, torch; from transformers import LlamaConfig, LlamaForCausalLM; torch.manual_seed(0); "
+        "torch.set_default_dtype(torch.bfloat16); "
+        "LlamaForCausalLM(LlamaConfig(**json.loads(sys.argv[2]))).save_pretrained(sys.argv[1], max_shard_size='500MB')"
     )
-    torch.manual_seed(0)
-    torch.set_default_dtype(torch.bfloat16)
-    LlamaForCausalLM(config).save_pretrained(path, max_shard_size="500MB")
+    subprocess.run([sys.executable, "-c", code, str(path), json.dumps(SHAPE | shape)], check=True)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copyfile(DEMO / "model" / name, path / name)
 
@@ -104,16 +102,18 @@ def watched(command: list[str], **variables: str) -> tuple[dict[str, Any], str]:
         return taken, output.read()
 
 
-def run_lowbit(model: Path, out: Path, samples: int, workers: int) -> dict[str, Any]:
+def run_lowbit(model: Path, out: Path, samples: int, workers: int, settings: list[str]) -> dict[str, Any]:
     command = [sys.executable, "-m", "lowbit", "quantize", str(model), "-o", str(out), "--scheme", "w4a16-g128"]
     command += ["--method", "gptq", "--calibration", str(DEMO / "calibration.txt"), "--samples", str(samples)]
     command += ["--seq-len", str(WINDOW), "--workers", str(workers), "--quiet", "--force", "--json", "-"]
+    command += [word for setting in settings for word in ("--set", setting)]
     taken, output = watched(command)
     document = json.loads(output)
     loss = sum(r["loss"] for r in document["layers"]) / sum(r["loss_rtn"] for r in document["layers"])
     return {
         "tool": "lowbit",
         "workers": workers,
+        "set": settings,
         "seconds": round(document["seconds"], 1),
         "threads": document["environment"]["threads"],
         "loss_over_rtn": loss,
@@ -139,6 +139,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--workers", type=int, default=1, help="lowbit's")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="lowbit's, such as sweeps=0")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "large.json")
     args = parser.parse_args()
     if not (args.model / "config.json").exists():
@@ -158,7 +159,7 @@ def main() -> None:
     }
     for _ in range(args.rounds):
         with tempfile.TemporaryDirectory(dir=args.model.parent) as folder:
-            rows.append(run_lowbit(args.model, Path(folder) / "lowbit", args.samples, args.workers))
+            rows.append(run_lowbit(args.model, Path(folder) / "lowbit", args.samples, args.workers, args.set))
             print(json.dumps(rows[-1]), flush=True)
             if args.llmcompressor:
                 rows.append(run_llmcompressor(args.llmcompressor, args.model, Path(folder) / "peer", args.samples))

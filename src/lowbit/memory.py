@@ -72,7 +72,9 @@ def estimate_memory(
     calibrates = parse_method(recipe.method).needs_calibration or recipe.calibration is not None
     tokens = recipe.samples * recipe.seq_len if calibrates else 0
     passing = threads * BATCH * recipe.seq_len * 4 * inner * size if calibrates else 0
-    working = max(_group(rows, width, stored.itemsize, calibrates, threads, workers) for rows, width in _inputs(block))
+    working = max(
+        _group(rows, width, stored.itemsize, calibrates, threads, workers) for rows, width in inputs_of(block)
+    )
     one = max(m.weight.numel() for m in modules.values())
     proving = largest + one * _PROOF  # the block's codes, and one linear read back from its file beside them
     return Memory(
@@ -85,7 +87,7 @@ def estimate_memory(
     )
 
 
-def _inputs(block: nn.Module) -> list[tuple[int, int]]:
+def inputs_of(block: nn.Module) -> list[tuple[int, int]]:
     """(rows, columns) of the matrices that linears of one input make together; siblings of a width are taken for it."""
     rows: dict[tuple[str, int], int] = {}
     for name, module in linears(block).items():

@@ -98,7 +98,7 @@ def quantize(
     memory = estimate_memory(net, blocks, recipe, checkpoint.dtype, torch.get_num_threads(), workers)
     frugal = choose_frugal(memory, max_memory)
     check_disk(plan, output, resume=resume, spilled=memory.spilled if frugal else 0)
-    predicted = forecast(net, plan, recipe, memory, frugal=frugal, small_too=dry_run)
+    predicted = forecast(net, blocks, plan, recipe, memory, frugal=frugal, small_too=dry_run, workers=workers)
     if dry_run:
         return {"output": str(output), "scheme": recipe.scheme, "method": recipe.method, "predicted": predicted}
     checkpoint.check_finite()
