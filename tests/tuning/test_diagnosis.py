@@ -11,6 +11,7 @@ from lowbit.artifact import read_manifest
 from lowbit.errors import InputError
 from lowbit.model.checkpoint import open_checkpoint
 from lowbit.model.load import open_source, skeleton
+from lowbit.pipeline import find_calibration
 from lowbit.tuning.diagnosis import diagnose
 from lowbit.tuning.sensitivity import Subject, direct
 
@@ -40,7 +41,7 @@ def test_the_order_is_that_of_the_kl_of_one_layer_at_a_time(made: Path, tiny: Pa
     document = diagnose(made, str(tiny), str(text_file))
     costs = {r["name"]: r["kl"] for r in document["layers"]}
     original, quantized = open_checkpoint(tiny), open_checkpoint(made)
-    tokens = lowbit.pipeline.find_calibration(original, lowbit.Recipe(calibration=str(text_file), **WORDS)).tokens
+    tokens = find_calibration(original, lowbit.Recipe(calibration=str(text_file), **WORDS)).tokens
     subject = Subject(original, tokens)
     source = open_source(skeleton(quantized), quantized)
     changes = [
@@ -54,7 +55,7 @@ def test_the_order_is_that_of_the_kl_of_one_layer_at_a_time(made: Path, tiny: Pa
 
 
 def test_what_cannot_be_diagnosed(made: Path, tiny: Path, tiny_float32: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="not what .* was made from"):
+    with pytest.raises(InputError, match=r"not what .* was made from"):
         diagnose(made, str(tiny_float32))
     with pytest.raises(InputError, match=r"there is no lowbit\.json"):
         diagnose(tiny, str(tiny))
