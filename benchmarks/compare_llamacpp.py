@@ -1,8 +1,9 @@
-"""The native decoder against llama.cpp and transformers on a 1.1 B Llama shape and on the demo model, taking turns.
+"""The native decoder against llama.cpp, vLLM and transformers on a 1.1 B Llama shape and on the demo model, in turns.
 
     python benchmarks/compare_llamacpp.py --bin BUILD/bin --models DIR [--demo demo-q8_0.gguf] [--rounds 4]
+        [--vllm VENV/bin/python --hf random-1b]
 
-DIR holds random-1b-{q4_0,q4_k_m,q8_0,bf16}.gguf (benchmarks/peers/README.md says how they and the build are made).
+DIR holds random-1b-{q4_0,q4_k_m,q8_0,bf16}.gguf (benchmarks/peers/README.md says how they and the builds are made).
 Every round runs each case once on every side, llama.cpp as `llama-bench` and `llama-batched-bench` start it and lowbit
 in a process that keeps its weights; a ratio is the median over rounds of ours / theirs in the same round. The read
 bandwidth is measured in every round beside the decoding it is compared with. Random weights: speed does not depend on
@@ -101,16 +102,15 @@ def demo_side() -> Callable[[dict[str, Any]], dict[str, float]]:
     return answer
 
 
-class Ours:
-    """One of our models in its own process."""
+class Worker:
+    """A model in its own process, which answers a line with a line."""
 
-    def __init__(self, name: str) -> None:
-        command = [sys.executable, __file__, "--serve", name]
+    def __init__(self, command: list[str]) -> None:
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=HERE)
         assert self.process.stdout is not None
         while self.process.stdout.readline().strip() != "ready":
             if self.process.poll() is not None:
-                sys.exit(f"our side {name} did not start")
+                sys.exit(f"{' '.join(command)} did not start")
 
     def ask(self, **request: Any) -> dict[str, float]:
         assert self.process.stdin is not None
@@ -144,7 +144,7 @@ def llama_batched(binary: Path, model: Path) -> float:
 # ---- the comparison ----
 
 
-def one_round(binary: Path, models: Path, demo: Path | None, ours: dict[str, Ours]) -> dict[str, float]:
+def one_round(binary: Path, models: Path, demo: Path | None, ours: dict[str, Worker]) -> dict[str, float]:
     """Every case once, theirs and ours next to each other."""
     r: dict[str, float] = {}
 
@@ -165,6 +165,8 @@ def one_round(binary: Path, models: Path, demo: Path | None, ours: dict[str, Our
     for file, name in (("q4_0", "w4"), ("q8_0", "w8a8"), ("bf16", "w4"), ("q4_k_m", "w8a8")):
         theirs("prefill", file, "-p", "512", "-n", "0")
         mine("prefill", name, prefill=512)
+    if "vllm" in ours:
+        r["vllm bf16 prefill"] = ours["vllm"].ask(prefill=512)["tokens_per_s"]
     for file in ("q4_0", "q4_k_m"):
         r[f"llama.cpp {file} batch 8"] = llama_batched(binary, models / f"random-1b-{file}.gguf")
         mine("batch 8", "w4", batch=8)
@@ -183,6 +185,8 @@ RATIOS = {  # name -> ours, theirs (the best of these)
     "decode, 8 bits": ("lowbit w8 decode", ["llama.cpp q8_0 decode"]),
     "prefill 512, 4 bits": ("lowbit w4 prefill", _PREFILL),
     "prefill 512, w8a8": ("lowbit w8a8 prefill", _PREFILL),
+    "prefill 512, 4 bits / vLLM in bf16": ("lowbit w4 prefill", ["vllm bf16 prefill"]),
+    "prefill 512, w8a8 / vLLM in bf16": ("lowbit w8a8 prefill", ["vllm bf16 prefill"]),
     "decode, batch 8, 4 bits": ("lowbit w4 batch 8", ["llama.cpp q4_0 batch 8", "llama.cpp q4_k_m batch 8"]),
     "decode at 4096, int8 cache / fp16 cache": ("lowbit w4-kv8 context 4096", ["lowbit w4 context 4096"]),
     "decode, 4 bits / bf16 through transformers": ("lowbit w4 decode", ["lowbit transformers decode"]),
@@ -206,6 +210,8 @@ def main() -> None:
     p.add_argument("--bin", type=Path)
     p.add_argument("--models", type=Path)
     p.add_argument("--demo", type=Path)
+    p.add_argument("--vllm", help="python of an environment with vLLM's CPU build")
+    p.add_argument("--hf", help="the same model as a Hugging Face directory, for vLLM")
     p.add_argument("--rounds", type=int, default=4)
     p.add_argument("--serve", help=argparse.SUPPRESS)
     p.add_argument("--output", type=Path, default=HERE / "results" / "decoder.json")
@@ -216,7 +222,9 @@ def main() -> None:
 
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
     sides = [*WORKERS, "transformers", *(["demo"] if a.demo else [])]
-    ours = {name: Ours(name) for name in sides}
+    ours = {name: Worker([sys.executable, __file__, "--serve", name]) for name in sides}
+    if a.vllm:
+        ours["vllm"] = Worker([a.vllm, str(HERE / "peers" / "run_vllm.py"), a.hf])
     rounds = []
     for i in range(a.rounds):
         rounds.append(one_round(a.bin, a.models, a.demo, ours))

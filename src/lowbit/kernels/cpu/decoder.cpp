@@ -60,6 +60,7 @@ Decoder::Decoder(Config config, const char* isa)
                gu = take(m * std::max(2 * c.inner, c.hidden) * 4), h = take(m * std::max(c.inner, c.hidden) * 4), q = take(m * wide), s = take(m * wide / 8),
                u = take(m * wide / 8), b = take(m * wide * 2),
                f = take(c.act_group < 0 ? m * wide * 4 : 0);
+  const size_t tiled = m + k_->tile_rows, t = take(tiled * wide), ts = take(tiled * wide / 8), tu = take(tiled * wide / 8);
   const size_t scratch = k_->linear_scratch + 64 * 128 + m * 128 + k_->attention_scratch(c.head_dim, c.heads / c.kv_heads);
   std::vector<size_t> per(pool_.size());
   for (auto& p : per) p = take(scratch);
@@ -68,6 +69,7 @@ Decoder::Decoder(Config config, const char* isa)
   uint8_t* base = arena_.data() + (64 - (uintptr_t)arena_.data() % 64) % 64;
   x_ = (float*)(base + x), qkv_ = (float*)(base + qkv), attn_ = (float*)(base + attn), gu_ = (float*)(base + gu);
   h_ = (float*)(base + h), q_ = (int8_t*)(base + q), scale_ = (float*)(base + s), sum_ = (int32_t*)(base + u);
+  tiles_ = (int8_t*)(base + t), tile_scale_ = (float*)(base + ts), tile_sum_ = (int32_t*)(base + tu);
   bf16_ = (uint16_t*)(base + b), f32_ = (float*)(base + f), logits_ = (float*)(base + lg);
   for (size_t p : per) scratch_.push_back(base + p);
 }
@@ -85,6 +87,7 @@ void Decoder::each(int thread, int n, int grain, F f) {
 Act Decoder::act(const Weight& w) const {
   Act a;
   a.q = q_, a.scale = scale_, a.sum = sum_, a.bf16 = bf16_, a.stride = up32(w.cols), a.fold = w.fold;
+  a.tiles = tiles_, a.tile_scale = tile_scale_, a.tile_sum = tile_sum_;
   if (cfg_.act_group < 0) a.f32 = f32_;
   return a;
 }
@@ -105,12 +108,19 @@ void Decoder::quantize(int thread, const Call&, int rows, const float* x, size_t
   // Without a norm and with small groups even one row can be shared out.
   const int piece = !norm && group < 512 && 512 % group == 0 && 512 % w.fold == 0 && rows < 4 ? 512 : wide;
   const int pieces = (wide + piece - 1) / piece;
-  each(thread, rows * pieces, 1, [&](int i) {
+  auto one = [&](int i) {
     const int r = i / pieces, at = i % pieces * piece;
     const int len = std::min(piece, wide - at), valid = std::min(n - at, len);
     k_->norm_quant(x + (size_t)r * stride + at, norm, cfg_.eps, valid, len, w.fold, group >= n ? wide : group,
                    ints ? q_ + (size_t)r * wide + at : nullptr, scale_ + (size_t)r * folds + at / w.fold,
                    sum_ + (size_t)r * folds + at / w.fold, bf16 ? bf16_ + (size_t)r * wide + at : nullptr, nullptr);
+  };
+  if (rows <= kFewRows || !ints) return each(thread, rows * pieces, 1, one);
+  const int height = k_->tile_rows;
+  each(thread, (rows + height - 1) / height, 1, [&](int tile) {
+    const int first = tile * height, end = std::min(rows, first + height);
+    for (int r = first; r < end; ++r) one(r);  // more than 8 rows: one piece each
+    k_->pack_tile(act(w), tile, end - first);
   });
 }
 

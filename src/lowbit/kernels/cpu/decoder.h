@@ -75,9 +75,9 @@ class Decoder {
   Pool& pool_;
   std::vector<uint8_t> arena_;
   float *x_, *qkv_, *attn_, *gu_, *h_, *logits_, *f32_;
-  int8_t* q_;
-  float* scale_;
-  int32_t* sum_;
+  int8_t *q_, *tiles_;
+  float *scale_, *tile_scale_;
+  int32_t *sum_, *tile_sum_;
   uint16_t* bf16_;
   std::vector<uint8_t*> scratch_;
   struct Item {

@@ -29,7 +29,7 @@ void linear(const Weight& w, const Act& a, int m, int p0, int p1, float* out, si
   Slab& slab = *(Slab*)scratch;
   float* carry = (float*)(scratch + sizeof(Slab));
   if (w.kind == Kind::kBf16) return bf16_linear(w, a, m, p0, p1, out, ldo, add, carry);
-  if (m <= 8) {
+  if (m <= kFewRows) {
     const int most = w.kind == Kind::kTable && kGemvRows > 4 ? 4 : kGemvRows;
     for (int row = 0; row < m;) {
       const int left = m - row < most ? m - row : most;
@@ -51,7 +51,7 @@ void linear(const Weight& w, const Act& a, int m, int p0, int p1, float* out, si
 }  // namespace
 
 extern const Kernels table;
-const Kernels table = {LOWBIT_ISA_NAME, linear,  sizeof(Slab), norm_quant,        glu,      rope,          kv_store,
+const Kernels table = {LOWBIT_ISA_NAME, linear,  sizeof(Slab), kTileRows, pack_tile, norm_quant,        glu,      rope,          kv_store,
                        attention,       attention_scratch, hadamard, rows_to_float, argmax, softcap, read_pattern, ops_int8};
 
 }  // namespace LOWBIT_ISA

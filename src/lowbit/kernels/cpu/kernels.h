@@ -25,6 +25,7 @@ namespace lowbit {
 
 constexpr int kPanel = 16;   // rows per panel
 constexpr int kBlock = 32;   // columns per block
+constexpr int kFewRows = 8;  // up to here a product is a matrix-vector one, which reads activations row by row
 constexpr int kMaxFold = 512;  // longest run of columns in int32; also the depth of the GEMM's unpacked slab
 
 enum class Kind : int32_t { kInt = 0, kTable = 1, kBf16 = 2 };
@@ -57,6 +58,9 @@ struct Act {
   const int32_t* sum = nullptr;  // minus the sum of a fold's codes
   const uint16_t* bf16 = nullptr;
   const float* f32 = nullptr;  // if set, nothing else is read: products with float activations
+  int8_t* tiles = nullptr;       // more than 8 rows: q, scale and sum again, as pack_tile puts them
+  float* tile_scale = nullptr;
+  int32_t* tile_sum = nullptr;
   int32_t stride = 0;
   int32_t fold = 32;
 };
@@ -92,6 +96,9 @@ struct Kernels {
   // out[m, row] (+)= W a for panels [p0, p1) and rows [0, m). scratch: linear_scratch bytes, 64-aligned.
   void (*linear)(const Weight& w, const Act& a, int m, int p0, int p1, float* out, size_t ldo, bool add, uint8_t* scratch);
   size_t linear_scratch;  // plus 128 bytes a row
+  int tile_rows;
+  // Rows of one tile (tile_rows of them, at the end fewer) from a.q, a.scale, a.sum to their places in a.tiles, ...
+  void (*pack_tile)(const Act& a, int tile, int rows);
   // y = x / rms(x) * weight (or x when weight is null), then int8 groups of `fold` (scale shared by `group` columns,
   // group >= n: the whole row) and/or bf16 and/or float.
   void (*norm_quant)(const float* x, const float* weight, float eps, int n, int stride, int fold, int group, int8_t* q,

@@ -7,7 +7,7 @@
 //
 // Many rows (prefill): arithmetic is the limit. Two panels x 512 columns are spread once into a 16 KiB slab that stays
 // in the first cache; a tile of 2 panels x 6 rows then keeps 12 integer and 12 float sums in registers and needs 8
-// loads for 12 dot products. With an activation scale every 32 columns a sum costs one conversion and one
+// loads for 12 dot products. Activations come in tiles too (pack_tile). With an activation scale every 32 columns a sum costs one conversion and one
 // multiply-add per 8 dot products; the weight's scale comes in once a segment.
 #pragma once
 
@@ -110,75 +110,100 @@ struct Slab {
   int32_t zero[kTilePanels][kMaxFold / kBlock][kPanel];
 };
 
-// NP panels x M rows over `segments` segments that start at column k0.
-template <bool SMALL, bool ASYM, int NP, int M>
-LB_INLINE void tile(const Slab& s, const Weight& w, const Act& a, int row0, int k0, int segments, F16 total[NP][M]) {
-  const int act_folds = a.stride / a.fold, per_fold = w.fold / kBlock, f0 = k0 / w.fold, folds = w.segment / w.fold;
+// Rows [tile * kTileRows, ...) of a.q into a.tiles: groups of 4 columns of all rows of a tile follow each other, and so
+// do their scales and sums. A tile is then read in one straight line, which the hardware fetches ahead.
+void pack_tile(const Act& a, int tile, int rows) {
+  const int folds = a.stride / a.fold, row0 = tile * kTileRows;
+  int8_t* q = a.tiles + (size_t)row0 * a.stride;
+  float* scale = a.tile_scale + (size_t)row0 * folds;
+  int32_t* sum = a.tile_sum + (size_t)row0 * folds;
+  for (int m = 0; m < rows; ++m) {
+    const int8_t* from = a.q + (size_t)(row0 + m) * a.stride;
+    for (int k = 0; k < a.stride; k += 4) std::memcpy(q + ((size_t)k / 4 * kTileRows + m) * 4, from + k, 4);
+    for (int f = 0; f < folds; ++f) {
+      scale[f * kTileRows + m] = a.scale[(size_t)(row0 + m) * folds + f];
+      sum[f * kTileRows + m] = a.sum[(size_t)(row0 + m) * folds + f];
+    }
+  }
+}
+
+// NP panels, their bytes `apart` from each other, x M rows over `segments` segments that start at column k0. ONE: a fold
+// is a single block. `carry` holds the totals between slabs. Kept apart from its callers, and without a loop over a
+// single block, so that the compiler has registers for all sums.
+template <bool SMALL, bool ASYM, bool ONE, int NP, int M>
+__attribute__((noinline)) void tile(const Slab& s, const uint8_t* c, size_t apart, const Weight& w, const Act& a, int row0,
+                                    int k0, int segments, float* carry) {
+  constexpr int R = kTileRows;
+  const int f0 = k0 / w.fold, folds = w.segment / w.fold;
   const int shift = __builtin_ctz((unsigned)w.zero | 256u);
-  const int8_t* q = a.q + (size_t)row0 * a.stride + k0;
-  const float* as = a.scale + (size_t)row0 * act_folds + f0;
-  const int32_t* sums = a.sum + (size_t)row0 * act_folds + f0;
-  const uint8_t* c[NP];
-  for (int n = 0; n < NP; ++n) c[n] = &s.codes[n][0][0];
+  const int8_t* q = a.tiles + (size_t)row0 * a.stride + (size_t)k0 * R;
+  const float* as = a.tile_scale + (size_t)row0 * (a.stride / a.fold) + (size_t)f0 * R;
+  const int32_t* sums = a.tile_sum + (size_t)row0 * (a.stride / a.fold) + (size_t)f0 * R;
+  F16 total[NP][M];
+  for (int n = 0; n < NP; ++n)
+    for (int m = 0; m < M; ++m) total[n][m] = k0 ? load<F16>(carry + (m * NP + n) * kPanel) : F16{};
   for (int g = 0; g < segments; ++g) {
     F16 part[NP][M] = {};
-    for (int f = 0; f < folds; ++f, ++as, ++sums) {
+    for (int f = 0; f < folds; ++f, as += R, sums += R) {
       I16 acc[NP][M];
       for (int n = 0; n < NP; ++n)
         for (int m = 0; m < M; ++m)
-          acc[n][m] = ASYM ? start_sum(load<I16>(s.zero[n][g]), sums[m * act_folds])
-                           : start_sum(shift, sums[m * act_folds]);
-      for (int b = 0; b < per_fold; ++b) {
+          acc[n][m] = ASYM ? start_sum(load<I16>(s.zero[n][g]), sums[m]) : start_sum(shift, sums[m]);
+      int left = ONE ? 1 : w.fold / kBlock;
+      do {
         for (int j = 0; j < 8; ++j) {
           B64 x[NP];
-          for (int n = 0; n < NP; ++n) x[n] = load<B64>(c[n] + 64 * j);
+          for (int n = 0; n < NP; ++n) x[n] = load<B64>(c + apart * n + 64 * j);
           for (int m = 0; m < M; ++m) {
-            I16 v = splat_i(load_i32(q + (size_t)m * a.stride + 4 * j));
+            I16 v = splat_i(load_i32(q + (j * R + m) * 4));
             for (int n = 0; n < NP; ++n) acc[n][m] = dot4<SMALL>(acc[n][m], x[n], v);
           }
         }
-        q += kBlock;
-        for (int n = 0; n < NP; ++n) c[n] += 8 * 64;
-      }
+        q += kBlock * R;
+        c += 8 * 64;
+      } while (!ONE && --left);
       for (int m = 0; m < M; ++m)
-        for (int n = 0; n < NP; ++n) part[n][m] = fold_in(part[n][m], acc[n][m], as[m * act_folds]);
+        for (int n = 0; n < NP; ++n) part[n][m] = fold_in(part[n][m], acc[n][m], as[m]);
     }
     for (int n = 0; n < NP; ++n) {
       F16 ws = load<F16>(s.scale[n][g]);
       for (int m = 0; m < M; ++m) total[n][m] = fma(part[n][m], ws, total[n][m]);
     }
   }
+  for (int n = 0; n < NP; ++n)
+    for (int m = 0; m < M; ++m) store(carry + (m * NP + n) * kPanel, total[n][m]);
 }
 
+// One slab for M rows. The caller's `out` is touched once, at the end, and asked for before: stores leave in order, and
+// one that waits for memory holds up all behind it.
 template <bool SMALL, bool ASYM, int NP, int M>
-void tile_rows(const Slab& s, const Weight& w, const Act& a, int row0, int panel, int k0, int k1, float* out, size_t ldo,
-               bool add, float* carry) {
-  F16 total[NP][M];
-  // `carry` holds the totals between slabs; the caller's `out` is touched once, at the end.
-  for (int n = 0; n < NP; ++n)
-    for (int m = 0; m < M; ++m)
-      total[n][m] = k0 ? load<F16>(carry + ((size_t)(row0 + m) * NP + n) * kPanel) : F16{};
-  tile<SMALL, ASYM, NP, M>(s, w, a, row0, k0, (k1 - k0) / w.segment, total);
+void tile_rows(const Slab& s, const uint8_t* codes, size_t apart, const Weight& w, const Act& a, int row0, int panel,
+               int k0, int k1, float* out, size_t ldo, bool add, float* carry) {
+  carry += (size_t)row0 * NP * kPanel;
+  out += (size_t)row0 * ldo + panel * kPanel;
+  const int segments = (k1 - k0) / w.segment;
   const bool last = k1 == w.blocks * kBlock;
-  for (int n = 0; n < NP; ++n)
-    for (int m = 0; m < M; ++m) {
-      if (last)
-        finish(w, panel + n, total[n][m], out + (size_t)(row0 + m) * ldo + (panel + n) * kPanel, add);
-      else
-        store(carry + ((size_t)(row0 + m) * NP + n) * kPanel, total[n][m]);
-    }
+  if (last)
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < NP; ++n) prefetch_write(out + m * ldo + n * kPanel);
+  w.fold == kBlock ? tile<SMALL, ASYM, true, NP, M>(s, codes, apart, w, a, row0, k0, segments, carry)
+                   : tile<SMALL, ASYM, false, NP, M>(s, codes, apart, w, a, row0, k0, segments, carry);
+  if (!last) return;
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < NP; ++n)
+      finish(w, panel + n, load<F16>(carry + (m * NP + n) * kPanel), out + m * ldo + n * kPanel, add);
 }
 
 template <bool SMALL, bool ASYM, int NP>
-void tile_all(const Slab& s, const Weight& w, const Act& a, int m, int panel, int k0, int k1, float* out, size_t ldo,
-              bool add, float* carry) {
+void tile_all(const Slab& s, const uint8_t* codes, size_t apart, const Weight& w, const Act& a, int m, int panel, int k0,
+              int k1, float* out, size_t ldo, bool add, float* carry) {
   int row = 0;
   for (; row + kTileRows <= m; row += kTileRows)
-    tile_rows<SMALL, ASYM, NP, kTileRows>(s, w, a, row, panel, k0, k1, out, ldo, add, carry);
+    tile_rows<SMALL, ASYM, NP, kTileRows>(s, codes, apart, w, a, row, panel, k0, k1, out, ldo, add, carry);
   const int rest = m - row;
-#define LB_REST(M)                                                                                \
-  if (M < kTileRows && rest == M)                                                                 \
-    tile_rows<SMALL, ASYM, NP, (M < kTileRows ? M : 1)>(s, w, a, row, panel, k0, k1, out, ldo, add, carry)
+#define LB_REST(M)                    \
+  if (M < kTileRows && rest == M)     \
+    tile_rows<SMALL, ASYM, NP, (M < kTileRows ? M : 1)>(s, codes, apart, w, a, row, panel, k0, k1, out, ldo, add, carry)
   LB_REST(1);
   LB_REST(2);
   LB_REST(3);
@@ -207,23 +232,24 @@ void gemm_panels(const Weight& w, const Act& a, int m, int panel, float* out, si
                  float* carry) {
   const int depth = w.blocks * kBlock, step = kMaxFold;
   const bool small = w.kind == Kind::kInt && w.bits < 8;
+  const bool bytes = w.kind == Kind::kInt && w.bits == 8;  // nothing to spread: read where they lie
   const size_t ss = scale_size(w.scale_type) * kPanel;
+  const size_t apart = bytes ? (size_t)w.blocks * 8 * 64 : sizeof(s.codes[0]);
   for (int k0 = 0; k0 < depth; k0 += step) {
     const int k1 = k0 + step < depth ? k0 + step : depth;
+    const uint8_t* codes = bytes ? w.codes + ((size_t)panel * w.blocks + k0 / kBlock) * 8 * 64 : s.codes[0][0];
     for (int n = 0; n < NP; ++n) {
-      for (int b = k0 / kBlock; b < k1 / kBlock; ++b) spread_block(w, panel + n, b, s.codes[n][b - k0 / kBlock]);
+      if (!bytes)
+        for (int b = k0 / kBlock; b < k1 / kBlock; ++b) spread_block(w, panel + n, b, s.codes[n][b - k0 / kBlock]);
       for (int k = k0, i = 0; k < k1; k += w.segment, ++i) {
         const int g = w.group >= w.cols ? 0 : k / w.group;
         store(s.scale[n][i], load_scale(panel_scales(w, panel + n) + g * ss, w.scale_type));
         if (w.zeros) store(s.zero[n][i], load_zero(panel_zeros(w, panel + n) + (size_t)g * kPanel));
       }
     }
-    if (small)
-      w.zeros ? tile_all<true, true, NP>(s, w, a, m, panel, k0, k1, out, ldo, add, carry)
-              : tile_all<true, false, NP>(s, w, a, m, panel, k0, k1, out, ldo, add, carry);
-    else
-      w.zeros ? tile_all<false, true, NP>(s, w, a, m, panel, k0, k1, out, ldo, add, carry)
-              : tile_all<false, false, NP>(s, w, a, m, panel, k0, k1, out, ldo, add, carry);
+    const auto all = small ? (w.zeros ? tile_all<true, true, NP> : tile_all<true, false, NP>)
+                           : (w.zeros ? tile_all<false, true, NP> : tile_all<false, false, NP>);
+    all(s, codes, apart, w, a, m, panel, k0, k1, out, ldo, add, carry);
   }
 }
 

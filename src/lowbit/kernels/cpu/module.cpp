@@ -66,9 +66,14 @@ static void linear(const Weight& w, Address x, int m, int act_group, Address out
   std::vector<float> f32(act_group < 0 ? (size_t)m * wide : 0);
   if (act_group < 0) a.f32 = f32.data();
   a.q = q.data(), a.scale = scale.data(), a.sum = sum.data(), a.bf16 = bf16.data(), a.stride = wide, a.fold = w.fold;
+  const int height = k.tile_rows, tiled = m > kFewRows && w.kind != Kind::kBf16 ? m + height : 0;
+  std::vector<int8_t> tiles((size_t)tiled * wide);
+  std::vector<float> tile_scale((size_t)tiled * folds);
+  std::vector<int32_t> tile_sum((size_t)tiled * folds);
+  a.tiles = tiles.data(), a.tile_scale = tile_scale.data(), a.tile_sum = tile_sum.data();
   pool.run([&](int t) {
     for (;;) {
-      auto r = pool.next(t, m, 4);
+      auto r = pool.next(t, m, height);
       if (r.begin >= r.end) break;
       for (int i = r.begin; i < r.end; ++i)
         if (act_group < 0)
@@ -77,6 +82,7 @@ static void linear(const Weight& w, Address x, int m, int act_group, Address out
           k.norm_quant(at<float>(x) + (size_t)i * w.cols, nullptr, 0.f, w.cols, wide, w.fold, group,
                      w.kind == Kind::kBf16 ? nullptr : q.data() + (size_t)i * wide, scale.data() + (size_t)i * folds,
                      sum.data() + (size_t)i * folds, bf16.empty() ? nullptr : bf16.data() + (size_t)i * wide, nullptr);
+      if (tiled) k.pack_tile(a, r.begin / height, r.end - r.begin);
     }
     pool.barrier();
     for (;;) {

@@ -71,6 +71,8 @@ LB_INLINE To bits(From v) {
 
 // Not F16{} + x: 0 + x is an addition (it turns -0 into 0), and it hides the broadcast from the compiler.
 LB_INLINE F16 splat(float x) { return F16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+LB_INLINE void prefetch_write(const void* p) { __builtin_prefetch(p, 1, 3); }
+
 LB_INLINE I16 splat_i(int32_t x) { return I16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 LB_INLINE B64 splat_b(uint8_t x) { return B64{} + x; }
 LB_INLINE int32_t load_i32(const void* p) {
