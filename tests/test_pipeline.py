@@ -24,6 +24,7 @@ from lowbit.artifact import Work, file_hashes, read_manifest
 from lowbit.errors import InputError
 from lowbit.formats.compressed_tensors import read_schemes, unpack
 from lowbit.model.checkpoint import open_checkpoint
+from lowbit.model.load import compute_dtype
 from lowbit.model.stream import stream_logits
 from lowbit.recipe import Recipe, read_recipe
 from lowbit.scheme import Scheme
@@ -346,8 +347,21 @@ def test_a_file_in_the_outputs_place(run: Run, tmp_path: Path) -> None:
 def test_a_disk_that_is_too_small_is_seen_beforehand(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=100_000)
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
-    with pytest.raises(InputError, match=r"the disk is too full: the result takes about \d+ MB and 0 MB are free"):
+    with pytest.raises(InputError, match=rf"result takes .*, so \d+ bytes more are needed in {tmp_path}, and 100000"):
         run(tmp_path / "out")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_disk_without_room_for_the_activations(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The result would fit; it does not beside the file that holds the activations when memory is short."""
+    words = {"samples": 200, "seq_len": 200}
+    result = run(tmp_path / "dry", dry_run=True, **words)["predicted"]["output_bytes"]
+    usage = shutil.disk_usage(tmp_path)._replace(free=int(result * 1.1))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr(pipeline, "choose_frugal", lambda *_: True)
+    spilled = 200 * 200 * 64 * compute_dtype().itemsize / 1e6
+    with pytest.raises(InputError, match=rf"and {spilled:.1f} MB of activations on the way, so \d+ bytes more"):
+        run(tmp_path / "out", **words)
     assert not list(tmp_path.iterdir())
 
 

@@ -17,7 +17,9 @@ import resource
 from dataclasses import dataclass
 
 import psutil
+import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from lowbit.algorithms.compose import parse_method
 from lowbit.console import note
@@ -25,6 +27,7 @@ from lowbit.errors import InputError
 from lowbit.model.load import compute_dtype
 from lowbit.model.walk import Blocks, linears
 from lowbit.recipe import Recipe
+from lowbit.tensor import ROWS
 
 BATCH = 4  # windows a batch: the activations of a small model stay in the cache
 
@@ -32,13 +35,14 @@ BATCH = 4  # windows a batch: the activations of a small model stay in the cache
 @dataclass(frozen=True)
 class Memory:
     """Predicted bytes: `base` is held already; one of the others comes on top, `activations` only beside `block`
-    and only if they stay in memory."""
+    and only if they stay in memory. `spilled` is what a file of activations takes on disk."""
 
     base: int
     outside: int
     block: int
     proof: int
     activations: int
+    spilled: int = 0
 
     @property
     def peak(self) -> int:
@@ -50,30 +54,54 @@ class Memory:
         return self.base + max(self.outside, self.block, self.proof)
 
 
-def estimate_memory(model: nn.Module, blocks: Blocks, recipe: Recipe, threads: int) -> Memory:
-    """From shapes alone, and the process's size now."""
+def estimate_memory(
+    model: PreTrainedModel, blocks: Blocks, recipe: Recipe, stored: torch.dtype, threads: int, workers: int = 1
+) -> Memory:
+    """From shapes alone, and the process's size now. `stored`: the checkpoint's dtype."""
     size = compute_dtype().itemsize
     parameters = {n: p.numel() for n, p in model.named_parameters()}
     by_block = [sum(v for n, v in parameters.items() if n.startswith(b + ".")) for b in blocks.names]
     largest = max(by_block)
     outside = sum(parameters.values()) - sum(by_block)
-    block = blocks.names[by_block.index(largest)]
-    shapes = [(m.out_features, m.in_features) for n, m in linears(model).items() if n.startswith(block + ".")]
-    hidden = min(width for _, width in shapes)
-    inner = max(width for _, width in shapes)
+    block = model.get_submodule(blocks.names[by_block.index(largest)])
+    modules = linears(block)
+    inner = max(m.in_features for m in modules.values())
+    hidden = getattr(model.config.get_text_config(), "hidden_size", None) or min(
+        m.in_features for m in modules.values()
+    )
     calibrates = parse_method(recipe.method).needs_calibration or recipe.calibration is not None
     tokens = recipe.samples * recipe.seq_len if calibrates else 0
-    # one group: its rows stacked, min-max result, searched result, error; its statistics, train and held out
-    rounding = max(rows * width for rows, width in shapes) * _COPIES * 4
-    hessians = inner * inner * 4 * (2 * threads + _SQUARES) if calibrates else 0
     passing = threads * BATCH * recipe.seq_len * 4 * inner * size if calibrates else 0
+    working = max(
+        _group(rows, width, stored.itemsize, calibrates, threads, workers) for rows, width in inputs_of(block)
+    )
+    one = max(m.weight.numel() for m in modules.values())
+    proving = largest + one * _PROOF  # the block's codes, and one linear read back from its file beside them
     return Memory(
         base=psutil.Process().memory_info().rss,
         outside=(outside + largest) * size + tokens * hidden * size,
-        block=largest * size + rounding + hessians + passing,
+        block=largest * size + max(working, passing, proving),
         proof=(outside + largest) * 4,
         activations=tokens * size * (2 * hidden + inner),
+        spilled=tokens * hidden * size,
     )
+
+
+def inputs_of(block: nn.Module) -> list[tuple[int, int]]:
+    """(rows, columns) of the matrices that linears of one input make together; siblings of a width are taken for it."""
+    rows: dict[tuple[str, int], int] = {}
+    for name, module in linears(block).items():
+        key = (name.rpartition(".")[0], module.in_features)
+        rows[key] = rows.get(key, 0) + module.out_features
+    return [(n, width) for (_, width), n in rows.items()]
+
+
+def _group(rows: int, width: int, stored: int, calibrates: bool, threads: int, workers: int) -> int:
+    """Collecting an input's statistics (a Hessian a thread, and the held-out one), then rounding what reads it: two
+    Hessians and a factor; the weights twice and their codes twice; what pieces of the rows are worked on with."""
+    square = width * width * 4 if calibrates else 0
+    pieces = min(rows, ROWS) * width * 4 * _PIECE * workers
+    return max((threads + 1) * square, 3 * square + rows * width * (2 * stored + 2) + pieces)
 
 
 def give_back(*, thoroughly: bool) -> None:
@@ -86,8 +114,8 @@ def give_back(*, thoroughly: bool) -> None:
         trim(0)
 
 
-_COPIES = 6
-_SQUARES = 8
+_PIECE = 8  # float32 copies of a piece's weights while it is rounded
+_PROOF = 20  # bytes a weight: two float32 copies of a linear, and what they are made of
 
 
 def choose_frugal(memory: Memory, limit: int | None) -> bool:

@@ -28,6 +28,7 @@ from lowbit.errors import InputError
 from lowbit.forecast import forecast
 from lowbit.formats.choose import Format, format_for
 from lowbit.formats.compressed_tensors import unpack_input
+from lowbit.losses import Statistics, Units
 from lowbit.manifest import document_of, finish_directory, named_twice, shard_name, versions
 from lowbit.memory import BATCH, choose_frugal, estimate_memory, give_back
 from lowbit.model.checkpoint import DEMO, Checkpoint, open_checkpoint, read_header
@@ -50,10 +51,11 @@ from lowbit.model.walk import Blocks, Entry, capture_entries, find_blocks, input
 from lowbit.preflight import Plan, check_disk, make_plan
 from lowbit.recipe import Recipe
 from lowbit.repair import repair
-from lowbit.rounding import Rounded, Statistics, Units, block_line, round_linears, round_plain
+from lowbit.rounding import Rounded, block_line, round_linears, round_plain
 from lowbit.scheme import Scheme
 from lowbit.shards import Later, read_tensor
 from lowbit.tensor import InputGrid
+from lowbit.workers import check_workers, using
 
 HELD_OUT = 16  # one batch in this many checks the method instead of feeding it
 
@@ -68,18 +70,21 @@ def quantize(
     force: bool = False,
     max_memory: int | None = None,
     dry_run: bool = False,
+    workers: int = 1,
     **words: Any,
 ) -> dict[str, Any]:
     """Quantize `model` into the directory `output`; returns the `quantize` document.
 
     The recipe is given whole or as its words (scheme="w4a16", method="gptq", ...). Raises InputError for bad input;
     an interrupted run leaves `output`.partial, which resume=True finishes to the same bytes. `max_memory` (bytes, by
-    default what is available) decides whether activations stay in memory; it changes nothing in the result. With
-    `dry_run` nothing is written, and the document holds the forecast only.
+    default what is available) decides whether activations stay in memory, `workers` how many processes round weights
+    (lowbit/workers.py); neither changes the result. With `dry_run` nothing is written, and the document holds the
+    forecast only.
     """
     recipe = recipe or Recipe(**words)
     start = time.perf_counter()
     output = Path(output)
+    check_workers(workers)
     check_output(output, resume=resume, force=force)
     checkpoint = open_checkpoint(model)
     net = skeleton(checkpoint)
@@ -90,9 +95,10 @@ def quantize(
     check_disk(plan, output, resume=resume)
     probe(net, source, blocks)
     calibration = find_calibration(checkpoint, recipe)
-    memory = estimate_memory(net, blocks, recipe, torch.get_num_threads())
+    memory = estimate_memory(net, blocks, recipe, checkpoint.dtype, torch.get_num_threads(), workers)
     frugal = choose_frugal(memory, max_memory)
-    predicted = forecast(net, plan, recipe, memory, frugal=frugal, small_too=dry_run)
+    check_disk(plan, output, resume=resume, spilled=memory.spilled if frugal else 0)
+    predicted = forecast(net, blocks, plan, recipe, memory, frugal=frugal, small_too=dry_run, workers=workers)
     if dry_run:
         return {"output": str(output), "scheme": recipe.scheme, "method": recipe.method, "predicted": predicted}
     checkpoint.check_finite()
@@ -115,7 +121,8 @@ def quantize(
     work = Work(output, identity, resume=resume, force=force)
     layout = format_for(plan.schemes.values(), own_layout=METHODS[method.rounding].own_layout)
     job = _Job(net, source, blocks, plan, recipe, work, layout, torch.get_num_threads(), frugal)
-    layers = job.run(calibration)
+    with using(workers):
+        layers = job.run(calibration)
     document = document_of(output, recipe, layers, time.perf_counter() - start)
     rotated = [checkpoint.stored_module(r["name"]) for r in layers if r["rotated"]]
     config = layout.quantization_config(named_twice(plan.schemes, checkpoint), rotated)

@@ -116,17 +116,19 @@ def _output_bytes(
     return total
 
 
-def check_disk(plan: Plan, output: Path, *, resume: bool) -> None:
-    """Raise InputError if the result will not fit on the disk that holds `output`."""
+def check_disk(plan: Plan, output: Path, *, resume: bool, spilled: int = 0) -> None:
+    """Raise InputError if the result will not fit on the disk that holds `output`, beside `spilled` bytes of
+    calibration activations that are kept there while the work goes on."""
     parent = output.absolute().parent
     while not parent.exists():
         parent = parent.parent
     free = shutil.disk_usage(parent).free
     partial = output.with_name(output.name + ".partial")
     written = sum(f.stat().st_size for f in partial.glob("*.safetensors")) if resume and partial.is_dir() else 0
-    needed = plan.output_bytes - written
-    if needed * 1.02 > free:
+    needed = int((plan.output_bytes - written) * 1.02) + spilled
+    if needed > free:
+        activations = f" and {spilled / 1e6:.1f} MB of activations on the way" if spilled else ""
         raise InputError(
-            f"{output}: the disk is too full: the result takes about {needed / 1e6:.0f} MB and {free / 1e6:.0f} MB "
-            "are free."
+            f"{output}: the disk is too full: the result takes about {plan.output_bytes / 1e6:.1f} MB{activations}, "
+            f"so {needed} bytes more are needed in {parent}, and {free} are free."
         )

@@ -14,8 +14,9 @@ from torch import Tensor
 
 from lowbit.algorithms import METHODS
 from lowbit.algorithms.compose import parse_method
+from lowbit.losses import Statistics
 from lowbit.recipe import Recipe
-from lowbit.rounding import Rounded, Statistics, round_linears
+from lowbit.rounding import Rounded, round_linears
 from lowbit.scheme import Scheme
 
 _MOST_BITS = 8

@@ -4,12 +4,11 @@ The guard: a method's result is kept only where its output error on held-out cal
 plain round-to-nearest's; otherwise RTN stands and the report's `fallback` says why. Nothing falls back silently.
 """
 
-import contextlib
 import re
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,12 +20,11 @@ from lowbit.algorithms.compose import parse_method, settings_of
 from lowbit.algorithms.rtn import rtn
 from lowbit.errors import InputError
 from lowbit.formats.compressed_tensors import code_bits
-from lowbit.model.lockstep import Walk
-from lowbit.model.walk import Entry
+from lowbit.losses import Statistics, Units, output_loss
 from lowbit.recipe import Recipe
 from lowbit.scheme import Scheme, TensorScheme
-from lowbit.stats import Hessian, quadratic_losses
 from lowbit.tensor import QuantizedTensor
+from lowbit.workers import one_thread, side_by_side
 
 WORSE = "worse than rtn on held-out windows"  # rtn is the better choice there, not the lack of one
 UNREACHED = "no calibration token reached this layer: rtn"
@@ -40,75 +38,6 @@ class Rounded:
     quantized: QuantizedTensor
     report: dict[str, Any]
     input_scale: Tensor | None = None  # [1], for stored activation scales
-
-
-@dataclass(frozen=True)
-class Statistics:
-    """Of one input: what the method sees, and what judges it."""
-
-    train: Hessian
-    held_out: Hessian
-
-    @staticmethod
-    def empty(width: int) -> "Statistics":
-        return Statistics(Hessian(width), Hessian(width))
-
-    @staticmethod
-    def collect(walk: Walk, k: int, width: int) -> "Statistics":
-        """Of the k-th input group of the block that `walk` goes through."""
-
-        def gather(inputs: Iterator[tuple[Entry, Tensor]]) -> Statistics:
-            share = Statistics.empty(width)
-            for entry, x in inputs:
-                (share.held_out if entry.held_out else share.train).update(x)
-            return share
-
-        total = Statistics.empty(width)
-        for share in walk.collect(k, gather):
-            total.train.merge(share.train)
-            total.held_out.merge(share.held_out)
-        return total
-
-    @cached_property
-    def judges(self) -> tuple[Tensor, ...]:
-        """The curvature (in, in) of all calibration rows, and that of the held-out ones if there are any."""
-        if not self.held_out.rows:
-            return (self.train.mean(),)
-        every = Hessian(self.train.width)
-        every.merge(self.train)
-        every.merge(self.held_out)
-        return every.mean(), self.held_out.mean()
-
-    def loss(self, error: Tensor) -> tuple[float, float | None]:
-        """(loss under all calibration rows, loss under the held-out ones if there are any) of an error (out, in)."""
-        every, *held_out = quadratic_losses(error, *self.judges)
-        return every, held_out[0] if held_out else None
-
-
-@dataclass(frozen=True, eq=False)
-class Units:
-    """How an equalized weight relates to the original one: W = original · columns / rows.
-
-    Losses are reported for the original model: its outputs are `rows` times as large, its inputs `columns` times.
-    """
-
-    columns: Tensor | None = None  # (in,)
-    rows: Tensor | None = None  # (out,)
-
-    @property
-    def original(self) -> bool:
-        return self.columns is None and self.rows is None
-
-    def scaled(self, difference: Tensor) -> Tensor:
-        """A difference of weights (out, in) with outputs in the original's units."""
-        return difference if self.rows is None else difference * self.rows[:, None]
-
-    def plain_error(self, weight: Tensor, grid: TensorScheme, scale_dtype: torch.dtype) -> Tensor:
-        """The same of the original weight rounded to nearest under plain min-max scales."""
-        original = weight.float() if self.rows is None else weight.float() * self.rows[:, None]
-        original = original if self.columns is None else original / self.columns
-        difference = original - rtn(original, grid, scale_dtype).dequantize()
-        return difference if self.columns is None else difference * self.columns
 
 
 def round_linears(
@@ -126,19 +55,59 @@ def round_linears(
     recipe without calibration data; `goals` is what to round instead of the weights (model/original.py), `units` says
     which weights were equalized. Raises InputError if the activations are mostly not finite.
     """
-    grid = scheme.weight
+    grid, started = scheme.weight, time.perf_counter()
     assert grid is not None
-    units = units or {}
     one_by_one = METHODS[parse_method(recipe.method).rounding].one_by_one or _clips(recipe)
     if len(weights) > 1 and (one_by_one or grid.granularity not in ("channel", "group")):
-        alone = ({name: weight} for name, weight in weights.items())
-        every = (round_linears(w, scheme, statistics, recipe, scale_dtype, goals, units) for w in alone)
-        return {k: v for rounded in every for k, v in rounded.items()}
-    started = time.perf_counter()
-    stacked = torch.cat([w.float() for w in weights.values()])
-    plain = rtn(stacked, grid, scale_dtype)
-    goal = torch.cat([goals[name] for name in weights]) if goals else stacked
-    result, notes, fallback = _apply(next(iter(weights)), goal, scheme, statistics, recipe, plain)
+        matrices = [_Matrix.of({name: weight}, grid, scale_dtype, goals) for name, weight in weights.items()]
+    else:
+        matrices = [_Matrix.of(weights, grid, scale_dtype, goals)]
+    apply = [partial(_apply, m.name, m.goal, scheme, statistics, recipe, m.plain) for m in matrices]
+    applied = side_by_side(apply) if len(apply) > 1 else [apply[0]()]
+    rounded: dict[str, Rounded] = {}
+    for matrix, (result, notes, fallback) in zip(matrices, applied, strict=True):
+        rounded |= _judged(matrix, result, notes, fallback, scheme, statistics, scale_dtype, units or {}, started)
+    return rounded
+
+
+@dataclass(frozen=True)
+class _Matrix:
+    """What is rounded at once: one linear, or several as rows of one matrix; its goal (rows, in), which is not the
+    weights themselves if `corrected`; and what plain RTN makes of the weights."""
+
+    weights: Mapping[str, Tensor]
+    goal: Tensor
+    corrected: bool
+    plain: QuantizedTensor
+
+    @staticmethod
+    def of(
+        weights: Mapping[str, Tensor], grid: TensorScheme, scale_dtype: torch.dtype, goals: Mapping[str, Tensor] | None
+    ) -> "_Matrix":
+        stacked = torch.cat(list(weights.values()))
+        goal = torch.cat([goals[name] for name in weights]) if goals else stacked
+        return _Matrix(weights, goal, bool(goals), rtn(stacked, grid, scale_dtype))
+
+    @property
+    def name(self) -> str:
+        """The first linear's."""
+        return next(iter(self.weights))
+
+
+def _judged(
+    matrix: _Matrix,
+    result: QuantizedTensor,
+    notes: dict[str, Any],
+    fallback: str | None,
+    scheme: Scheme,
+    statistics: Statistics | None,
+    scale_dtype: torch.dtype,
+    units: Mapping[str, Units],
+    started: float,
+) -> dict[str, Rounded]:
+    """The linears of a matrix apart again, each with the method's result or RTN and the report on it."""
+    grid, weights, goal, plain = scheme.weight, matrix.weights, matrix.goal, matrix.plain
+    assert grid is not None
     sizes = [len(w) for w in weights.values()]
     whole = len(sizes) == 1
     parts = zip(
@@ -154,15 +123,15 @@ def round_linears(
         loss = loss_rtn = relative = None
         if statistics is not None and statistics.train.rows:
             unit = units.get(name, Units())
-            loss, held_out = statistics.loss(unit.scaled(weight.float() - mine.dequantize()))
-            loss_plain, held_out_rtn = statistics.loss(unit.scaled(weight.float() - theirs.dequantize()))
-            if goals:
-                _, held_out = statistics.loss(unit.scaled(target - mine.dequantize()))
-                _, held_out_rtn = statistics.loss(unit.scaled(target - theirs.dequantize()))
+            loss, held_out = output_loss(statistics, weight, mine, unit)
+            loss_plain, held_out_rtn = output_loss(statistics, weight, theirs, unit)
+            if matrix.corrected:
+                _, held_out = output_loss(statistics, target, mine, unit)
+                _, held_out_rtn = output_loss(statistics, target, theirs, unit)
             if reason is None and held_out is not None and held_out_rtn is not None and held_out > held_out_rtn:
                 chosen, reason, loss = theirs, f"{WORSE}: rtn", loss_plain
             loss_rtn = loss_plain if unit.original else statistics.loss(unit.plain_error(weight, grid, scale_dtype))[0]
-            signal, _ = statistics.loss(unit.scaled(weight.float()))
+            signal, _ = output_loss(statistics, weight, None, unit)
             relative = (loss / signal) ** 0.5 if signal > 0 else 0.0
         report = {
             "name": name,
@@ -206,18 +175,6 @@ def _clips(recipe: Recipe) -> bool:
     return (
         method.equalization == "awq" and method.rounding == "rtn" and settings_of(method, dict(recipe.set))["awq"].clip
     )
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """Column loops are thousands of operations of a few microseconds: a second thread costs more than it brings,
-    and on a busy machine each waits for it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def _apply(

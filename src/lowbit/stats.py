@@ -22,12 +22,14 @@ class Hessian:
     width: int
     rows: int = 0
     bad_rows: int = 0
+    averaged: bool = False
 
     def __post_init__(self) -> None:
-        self.sum = torch.zeros(self.width, self.width)
+        self.sum = torch.zeros(self.width, self.width)  # takes no memory before it is written to
 
     def update(self, x: Tensor) -> None:
         """x (..., in), any float dtype."""
+        assert not self.averaged, "the sum has become a mean"
         for chunk in x.reshape(-1, self.width).split(_CHUNK_ROWS):
             finite = torch.isfinite(chunk.sum(1, dtype=torch.float32))
             rows = chunk
@@ -38,39 +40,48 @@ class Hessian:
             add_gram(self.sum, rows)
 
     def merge(self, other: "Hessian") -> None:
-        self.sum += other.sum
+        """Add what `other` has seen; its sum may live on as this one's."""
+        assert not self.averaged, "the sum has become a mean"
+        if not self.rows:
+            self.sum = other.sum
+        elif other.rows:
+            self.sum += other.sum
         self.rows += other.rows
         self.bad_rows += other.bad_rows
 
     def mean(self) -> Tensor:
-        """(in, in), exactly symmetric."""
-        lower = torch.tril(self.sum / max(self.rows, 1))
-        return lower + torch.tril(lower, -1).T
+        """(in, in), exactly symmetric, in the place of the sum: of a wide linear's Hessian one copy is enough."""
+        if not self.averaged:
+            self.averaged = True
+            self.sum /= max(self.rows, 1)
+            for i in range(0, self.width, _TILE):
+                tile = slice(i, i + _TILE)
+                diagonal = torch.tril(self.sum[tile, tile])
+                self.sum[tile, tile] = diagonal + torch.tril(diagonal, -1).T
+                self.sum[:i, tile] = self.sum[tile, :i].T
+        return self.sum
 
 
 def quadratic_losses(error: Tensor, *hessians: Tensor) -> list[float]:
-    """Mean over output channels of e H eᵀ, for an error (out, in) and each symmetric H (in, in): squared output errors.
+    """mean over output channels of e H eᵀ for each symmetric H (in, in), for error (out, in): mean squared errors.
 
-    Σ e H eᵀ = ⟨EᵀE, H⟩: one product of half the cost of E H serves every H.
+    Σ e H eᵀ = ⟨EᵀE, H⟩: one product of half the cost of E H serves every H. It is made a strip at a time.
     """
     rows, width = error.shape
-    rows_as_float = error.float()
-    gram = torch.zeros(width, width)
+    E = error.float()
+    totals = [0.0] * len(hessians)
     for i in range(0, width, _TILE):
         end = i + _TILE
-        gram[i:end, :end] = rows_as_float[:, i:end].T @ rows_as_float[:, :end]
-    lower = gram.tril_(-1)
-    diagonal = rows_as_float.square().sum(0)
-    return [float(2 * _dot(lower, H) + _dot(diagonal, H.diagonal())) / rows for H in hessians]
+        gram = E[:, i:end].T @ E[:, :end]
+        for k, H in enumerate(hessians):
+            by_column = (gram * H[i:end, :end]).sum(0).double()
+            totals[k] += float(2 * by_column[:i].sum() + by_column[i:].sum())  # what is left of the diagonal twice
+    return [total / rows for total in totals]
 
 
 def quadratic_loss(error: Tensor, hessian: Tensor) -> float:
     """The same for one H."""
     return quadratic_losses(error, hessian)[0]
-
-
-def _dot(a: Tensor, b: Tensor) -> float:
-    return float((a * b).sum(-1).double().sum())
 
 
 @dataclass

@@ -11,6 +11,8 @@ from lowbit.lattice import WIDTH
 from lowbit.numerics import dequantize, fake_quantize_activation
 from lowbit.scheme import TensorScheme
 
+ROWS = 1024  # of a weight, worked on at once: what one column touches stays in the cache
+
 
 @dataclass(frozen=True)
 class InputGrid:
@@ -92,3 +94,24 @@ class QuantizedTensor:
             )
             for i in range(len(sizes))
         ]
+
+
+def row_pieces(weight: Tensor, scheme: TensorScheme) -> tuple[Tensor, ...]:
+    """Rows of weight (out, in) in pieces of about ROWS: no scale spans two of them, but the whole tensor's."""
+    tile, _ = scheme.tile(*weight.shape)
+    pieces: tuple[Tensor, ...] = weight.split(max(ROWS // tile, 1) * tile)
+    return pieces
+
+
+def join_rows(parts: list[QuantizedTensor]) -> QuantizedTensor:
+    """Rows that were quantized apart, on one grid and under one tensor scale, as one tensor again."""
+    if len(parts) == 1:
+        return parts[0]
+    assert all(p.rotation is None for p in parts), "a rotation of the outputs spans rows"
+
+    def join(name: str) -> Tensor | None:
+        every = [getattr(part, name) for part in parts]
+        return None if every[0] is None else torch.cat(every)
+
+    codes, scale = torch.cat([p.codes for p in parts]), torch.cat([p.scale for p in parts])
+    return replace(parts[0], codes=codes, scale=scale, zero_point=join("zero_point"), table=join("table"))

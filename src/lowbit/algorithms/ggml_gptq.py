@@ -26,7 +26,7 @@ def gptq_blocks(
     """Quantize weight (out, in) into blocks of `kind` given H (in, in). Raises ValueError as `gptq` does."""
     H = alive(hessian.float())
     order = block_order(H.diagonal(), kind)
-    U, _ = inverse_cholesky(H[order][:, order], dampening_frac)
+    U, _ = inverse_cholesky(H, dampening_frac, order)
     parts = []
     for rows in weight.float().split(_ROWS):
         tensor = _feedback(rows, U, order, kind)

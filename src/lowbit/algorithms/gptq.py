@@ -16,7 +16,9 @@ column i costs (w_i - ŵ_i)² / [H⁻¹]_ii after the best update of the later c
   one nearest to ŵ_i + [(W - Ŵ) H]_i / H_ii, which never raises the loss; and group scales are refitted exactly.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -25,7 +27,8 @@ from lowbit.algorithms.any4 import learn_table
 from lowbit.algorithms.scale_search import search_qparams
 from lowbit.numerics import choose_qparams, nearest_value, quantize, storable, tensor_scale_of
 from lowbit.scheme import TensorScheme
-from lowbit.tensor import QuantizedTensor
+from lowbit.tensor import QuantizedTensor, join_rows, row_pieces
+from lowbit.workers import side_by_side
 
 
 @dataclass(frozen=True)
@@ -50,11 +53,38 @@ def gptq(
     Raises ValueError if H is not finite or no damping makes it positive definite.
     """
     tensor_scale = tensor_scale_of(weight, scheme)
-    weight = weight.float() if tensor_scale is None else weight.float() * tensor_scale
-    W = weight
     H = alive(hessian.float())
     order = column_order(H.diagonal(), scheme, settings.desc_act)
-    U, used = inverse_cholesky(H[order][:, order], settings.dampening_frac)
+    U, used = inverse_cholesky(H, settings.dampening_frac, order)
+
+    def some(rows: Tensor) -> QuantizedTensor:
+        rows = rows.float() if tensor_scale is None else rows.float() * tensor_scale
+        result = feedback(rows, H, U, order, scheme, settings, scale_dtype)
+        for _ in range(settings.sweeps):
+            result = refine(rows, result, H)
+        return replace(result, tensor_scale=tensor_scale)
+
+    return by_rows(some, weight, scheme), used
+
+
+def by_rows(work: Callable[[Tensor], QuantizedTensor], weight: Tensor, scheme: TensorScheme) -> QuantizedTensor:
+    """`work` on pieces of the rows of weight (out, in), side by side. The rows' codes do not depend on each other;
+    only a scale of the whole tensor does."""
+    return join_rows(side_by_side([partial(work, piece) for piece in row_pieces(weight, scheme)]))
+
+
+def feedback(
+    weight: Tensor,
+    H: Tensor,
+    U: Tensor,
+    order: Tensor,
+    scheme: TensorScheme,
+    settings: GPTQSettings,
+    scale_dtype: torch.dtype,
+) -> QuantizedTensor:
+    """Column by column in `order`: round weight (out, in) float32 and let later columns repair the damage. U (in, in)
+    is of the Hessian in that order. Columns are worked on as rows of a transposed block, to lie in one piece."""
+    W = weight
     grouped = (
         scheme.granularity == "group" and scheme.kind != "learned"
     )  # a table is learned for the scales as they are
@@ -72,21 +102,18 @@ def gptq(
     importance = U.diagonal() ** -2
     for start in range(0, W.shape[1], block):
         end = min(start + block, W.shape[1])
-        W1, U1 = W[:, start:end].clone(), U[start:end, start:end]
-        E = torch.zeros_like(W1)
+        W1, U1 = W[:, start:end].T.contiguous(), U[start:end, start:end]  # (block, out)
+        E, rounded = torch.empty_like(W1), torch.empty_like(W1)
         for i, column in enumerate(order[start:end].tolist()):
             if grouped and settings.scale_search and i % width == 0:
-                grid.search(column, W1[:, i : i + width], importance[start + i : start + i + width])
-            w_hat = grid.nearest(W1[:, i], column)
-            E[:, i] = (W1[:, i] - w_hat) / U1[i, i]
-            W1[:, i + 1 :].addr_(E[:, i], U1[i, i + 1 :], alpha=-1)
-            W_hat[:, column] = w_hat
-        W[:, end:].addmm_(E, U[start:end, end:], alpha=-1)
-
-    result = grid.codes(W_hat, tensor_scale)
-    for _ in range(settings.sweeps):
-        result = refine(weight, result, H)
-    return result, used
+                group = W1[i : i + width].T.contiguous()
+                grid.search(column, group, importance[start + i : start + i + width])
+            rounded[i] = grid.nearest(W1[i], column)
+            E[i] = (W1[i] - rounded[i]) / U1[i, i]
+            W1[i + 1 :].addr_(U1[i, i + 1 :], E[i], alpha=-1)
+        W_hat[:, order[start:end]] = rounded.T
+        W[:, end:].addmm_(E.T.contiguous(), U[start:end, end:], alpha=-1)
+    return grid.codes(W_hat)
 
 
 def alive(H: Tensor) -> Tensor:
@@ -113,16 +140,19 @@ def column_order(diagonal: Tensor, scheme: TensorScheme, desc_act: bool) -> Tens
     return inside[groups].reshape(-1)
 
 
-def inverse_cholesky(H: Tensor, dampening_frac: float) -> tuple[Tensor, float]:
-    """Upper U with Uᵀ U = (H + λI)⁻¹, and the λ / mean(diag H) that made H positive definite."""
-    eye = torch.eye(len(H)) * H.diagonal().mean()
-    fraction = dampening_frac
+def inverse_cholesky(H: Tensor, dampening_frac: float, order: Tensor | None = None) -> tuple[Tensor, float]:
+    """Upper U with Uᵀ U = (H + λI)⁻¹, columns and rows in `order`, and the λ / mean(diag H) that made H positive
+    definite. All of it happens in one matrix beside H: a wide linear's takes hundreds of megabytes."""
+    fraction, failed = dampening_frac, torch.empty((), dtype=torch.int32)
     for _ in range(6):
-        lower, failed = torch.linalg.cholesky_ex(H + fraction * eye)
+        matrix = (H.clone() if order is None else H[order[:, None], order]).T  # symmetric; LAPACK works by columns
+        matrix.diagonal().add_(H.diagonal().mean() * fraction)
+        torch.linalg.cholesky_ex(matrix, out=(matrix, failed))
         if not int(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            torch.cholesky_inverse(matrix, out=matrix)
+            torch.linalg.cholesky_ex(matrix, upper=True, out=(matrix, failed))
             if not int(failed):
-                return upper, fraction
+                return matrix, fraction
         fraction = max(fraction * 10, 1e-4)
     raise ValueError(f"the Hessian is not positive definite even with dampening_frac {fraction / 10:g}")
 
@@ -149,11 +179,12 @@ class Columns:
     def nearest(self, w: Tensor, column: int) -> Tensor:
         return nearest_value(w, *self.at(column), self.scheme, self.table)
 
-    def codes(self, W_hat: Tensor, tensor_scale: Tensor | None) -> QuantizedTensor:
+    def codes(self, W_hat: Tensor) -> QuantizedTensor:
         """The tensor whose values are W_hat, already on the grid."""
         scale = self.scale.to(self.dtype)
-        codes = quantize(W_hat, scale, self.zero, self.scheme, self.table)
-        return QuantizedTensor(codes, scale, self.zero, self.scheme, self.table, tensor_scale)
+        return QuantizedTensor(
+            quantize(W_hat, scale, self.zero, self.scheme, self.table), scale, self.zero, self.scheme, self.table
+        )
 
     def search(self, column: int, group: Tensor, importance: Tensor) -> None:
         """Choose this group's scale anew for its weights as they are now: (out, group_size)."""
@@ -179,15 +210,17 @@ def refine(weight: Tensor, quantized: QuantizedTensor, H: Tensor) -> QuantizedTe
     diagonal = H.diagonal()
     for start in range(0, W_hat.shape[1], 128):
         end = min(start + 128, W_hat.shape[1])
-        G1, H1 = G[:, start:end].clone(), H[start:end, start:end]
+        G1, H1 = G[:, start:end].T.contiguous(), H[start:end, start:end]  # (block, out)
         before = W_hat[:, start:end].clone()
+        values = before.T.contiguous()
         for i in range(end - start):
             j = start + i
-            w_hat = grid.nearest(W_hat[:, j] + G1[:, i] / diagonal[j], j)
-            G1.addr_(w_hat - W_hat[:, j], H1[i], alpha=-1)
-            W_hat[:, j] = w_hat
-        G.addmm_(W_hat[:, start:end] - before, H[start:end], alpha=-1)
-    return replace(grid.codes(W_hat, quantized.tensor_scale), rotation=quantized.rotation)
+            w_hat = grid.nearest(values[i] + G1[i] / diagonal[j], j)
+            G1[i + 1 :].addr_(H1[i, i + 1 :], w_hat - values[i], alpha=-1)
+            values[i] = w_hat
+        W_hat[:, start:end] = values.T
+        G[:, end:].addmm_(W_hat[:, start:end] - before, H[start:end, end:], alpha=-1)
+    return replace(grid.codes(W_hat), tensor_scale=quantized.tensor_scale, rotation=quantized.rotation)
 
 
 def _refit_scales(W_hat: Tensor, G: Tensor, H: Tensor, grid: Columns) -> None:

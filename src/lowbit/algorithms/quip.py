@@ -47,7 +47,7 @@ def quip(
     Raises ValueError if H is not finite or no damping makes it positive definite.
     """
     rotation = Rotation.random(weight.shape[0], weight.shape[1], settings.signs_seed)
-    W, H = rotation.apply(weight), rotation.apply_to_hessian(alive(hessian.float()))
+    W, H = rotation.apply(weight.float()), rotation.apply_to_hessian(alive(hessian.float()))
     if scheme.kind == "e8p":
         result, used = lattice_ldlq(W, H, scheme, settings, scale_dtype)
     else:

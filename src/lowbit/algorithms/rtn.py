@@ -4,7 +4,7 @@ The baseline that everything else must beat. `search=True` (the default of `--me
 unweighted search; `loss_rtn` in every report is the plain min-max form.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from lowbit.algorithms.any4 import learn_table, start_table
 from lowbit.algorithms.scale_search import search_qparams
 from lowbit.numerics import choose_qparams, quantize, tensor_scale_of
 from lowbit.scheme import TensorScheme
-from lowbit.tensor import QuantizedTensor
+from lowbit.tensor import QuantizedTensor, join_rows, row_pieces
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,14 @@ def rtn(
 ) -> QuantizedTensor:
     """Round weight (out, in) to the nearest grid values under min-max scales, or under searched ones."""
     tensor_scale = tensor_scale_of(weight, scheme)
+    parts = row_pieces(weight, scheme)  # what is computed on the way is several times as large
+    results = [_rtn(part, scheme, scale_dtype, tensor_scale, scale_search) for part in parts]
+    return replace(join_rows(results), tensor_scale=tensor_scale)
+
+
+def _rtn(
+    weight: Tensor, scheme: TensorScheme, scale_dtype: torch.dtype, tensor_scale: Tensor | None, scale_search: bool
+) -> QuantizedTensor:
     if tensor_scale is not None:
         weight = weight.float() * tensor_scale
     table = None
@@ -38,4 +46,4 @@ def rtn(
     if scheme.kind == "learned":
         table = learn_table(weight, scale, scheme, None) if scale_search else start_table(len(weight), scheme)
     codes = quantize(weight, scale, zero, scheme, table)
-    return QuantizedTensor(codes, scale, zero, scheme, table, tensor_scale)
+    return QuantizedTensor(codes, scale, zero, scheme, table)

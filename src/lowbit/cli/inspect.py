@@ -5,13 +5,17 @@ from typing import Annotated, Any
 import typer
 
 from lowbit.cli.options import Json, Quiet, Trust, Verbose, begin, finish, megabytes, table
-from lowbit.errors import QualityGateError
+from lowbit.errors import InputError, QualityGateError
 
 _WORST = 10
 
 
 def inspect(
     path: Annotated[str, typer.Argument(help="A model directory, hub id or 'demo'.")],
+    against: Annotated[
+        str | None, typer.Option(metavar="ORIGINAL", help="Of a lowbit output: each layer's share of the KL.")
+    ] = None,
+    text: Annotated[str | None, typer.Option(help="Text for --against (default: the calibration text).")] = None,
     trust_remote_code: Trust = False,
     json: Json = None,
     quiet: Quiet = False,
@@ -19,9 +23,16 @@ def inspect(
 ) -> None:
     """Show what a model is made of, and which layers lost most."""
     begin(quiet, verbose, trust_remote_code)
-    from lowbit.inspect import inspect as run
+    if text is not None and against is None:
+        raise InputError("--text is for --against ORIGINAL: without it no text is read.")
+    if against is not None:
+        from lowbit.tuning.diagnosis import diagnose
 
-    document = run(path)
+        document = diagnose(path, against, text)
+    else:
+        from lowbit.inspect import inspect as run
+
+        document = run(path)
     finish("inspect", document, json, _inspection(document, len(document.get("layers", [])) if verbose else _WORST))
 
 
@@ -39,17 +50,22 @@ def _inspection(document: dict[str, Any], shown: int) -> str:
             f"made from {document['made_from']} by {recipe['method']} {recipe['scheme']}, "
             f"{document['bits_per_weight']:.3f} bits per weight, {len(document['fallbacks'])} fallbacks"
         )
+        shares = "expected_kl" in document
+        if shares:
+            lines.append(f"expected KL {document['expected_kl']:.5f}, to second order")
         rows = [
             [
                 r["name"],
                 r["scheme"],
+                *([f"{r['kl_share']:.1%}"] if shares else []),
                 "" if r.get("relative_error") is None else f"{r['relative_error']:.2%}",
                 "" if not r["loss_rtn"] else f"{r['loss'] / r['loss_rtn']:.0%}",
                 r["fallback"] or (f"repaired: {r['repair']}" if r.get("repair") else ""),
             ]
             for r in document["layers"][:shown]
         ]
-        lines.append(table(["largest relative error", "scheme", "error", "of rtn's", "fallback"], rows))
+        heading = ["largest share of the KL", "scheme", "share"] if shares else ["largest relative error", "scheme"]
+        lines.append(table([*heading, "error", "of rtn's", "fallback"], rows))
     return "\n".join(lines)
 
 

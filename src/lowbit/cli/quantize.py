@@ -40,6 +40,9 @@ def quantize(
     max_memory: Annotated[
         str | None, typer.Option(metavar="4GB", help="Memory to stay under (default: what is available).")
     ] = None,
+    workers: Annotated[
+        int, typer.Option(metavar="N", help="Processes that round weights; the result does not depend on it.", min=1)
+    ] = 1,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Predict memory, disk and time; write nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Finish an interrupted run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
@@ -71,8 +74,8 @@ def quantize(
         "repair": percent(repair_target, "--repair-target") if repair else None,
     }
     words |= {k: v for k, v in given.items() if v is not None}
-    memory = size(max_memory, "--max-memory")
-    document = run(model, output, resume=resume, force=force, max_memory=memory, dry_run=dry_run, **words)
+    how: dict[str, Any] = {"resume": resume, "force": force, "dry_run": dry_run, "workers": workers}
+    document = run(model, output, max_memory=size(max_memory, "--max-memory"), **how, **words)
     if dry_run:
         finish("quantize", document, json, prediction(document["predicted"]), words.get("seed", 0))
         return

@@ -82,6 +82,7 @@ def quantize(
     force: bool = False,
     max_memory: int | None = None,
     dry_run: bool = False,
+    workers: int = 1,
     sensitivity_by: Way = "fisher",
     **words: Any,
 ) -> dict[str, Any]:
@@ -90,10 +91,9 @@ def quantize(
     The document of an auto scheme has `allocation`, which is also written to OUT/allocation.json.
     """
     scheme = str(words.get("scheme") or "")
+    how: dict[str, Any] = {"force": force, "max_memory": max_memory, "dry_run": dry_run, "workers": workers}
     if recipe is not None or not scheme.startswith(AUTO):
-        return pipeline.quantize(
-            model, output, recipe, resume=resume, force=force, max_memory=max_memory, dry_run=dry_run, **words
-        )
+        return pipeline.quantize(model, output, recipe, resume=resume, **how, **words)
     budget = Budget.parse(scheme)
     recipe = Recipe(**{k: v for k, v in words.items() if k != "scheme"})
     check_output(Path(output), resume=resume, force=force)
@@ -103,9 +103,7 @@ def quantize(
         recipe = Recipe(**read_recipe(Path(output) / MANIFEST))
     else:
         recipe, allocation = choose(open_checkpoint(model), recipe, budget, sensitivity_by)
-    document = pipeline.quantize(
-        model, output, recipe, resume=resume, force=force, max_memory=max_memory, dry_run=dry_run
-    )
+    document = pipeline.quantize(model, output, recipe, resume=resume, **how)
     if dry_run:
         return {**document, "scheme": scheme}
     allocation = {**asked, **allocation, "bits_per_weight": document["bits_per_weight"]}

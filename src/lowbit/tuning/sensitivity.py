@@ -26,10 +26,11 @@ from torch import Tensor, nn
 
 from lowbit.accuracy.measure import measure
 from lowbit.console import track
+from lowbit.losses import Statistics
 from lowbit.model.checkpoint import Checkpoint
 from lowbit.model.walk import capture_entries, find_blocks, input_groups
 from lowbit.recipe import Recipe
-from lowbit.rounding import Statistics, round_linears
+from lowbit.rounding import round_linears
 from lowbit.runtime.engine import load
 from lowbit.scheme import Scheme
 from lowbit.stats import Hessian
