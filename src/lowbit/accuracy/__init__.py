@@ -9,6 +9,7 @@ import numpy as np
 
 from lowbit.accuracy.domain import domain_distance, warning
 from lowbit.accuracy.measure import Scores, cut_windows, measure
+from lowbit.accuracy.tasks import evaluate_tasks, is_server
 from lowbit.artifact import MANIFEST, read_manifest, write_json
 from lowbit.calibration import read_documents, tokenize
 from lowbit.console import note
@@ -34,18 +35,31 @@ def evaluate(
     runtime: Runtime = "auto",
     max_ppl_increase: float | None = None,
     max_kl: float | None = None,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
 ) -> dict[str, Any]:
     """The `evaluate` document of `models` against the float32 original, on a .txt or .jsonl file.
 
     `against` defaults to the model that a lowbit output was made from. `max_ppl_increase` (0.01 is 1 %) and `max_kl`
     are gates: each result's `gates` says whether it met them. `windows` takes only so many, spread evenly over the
     text. A lowbit output gets its result as evaluate.json.
+
+    `tasks` are names of the lm-evaluation-harness or YAML files (accuracy/tasks.py), `limit` takes only so many samples
+    of each; each result's `tasks` keeps every sample, `task_comparisons` every pair of models. With tasks and no text,
+    and for the URL of a server, tasks are all that is measured.
     """
     if not models:
         raise InputError("no model to evaluate: give at least one.")
+    if tasks and against is None and is_server(str(models[0])):
+        raise InputError(f"{models[0]}: say which model it serves with --against; its tokenizer is needed.")
     original = open_checkpoint(against if against is not None else _origin(models[0]))
     if original.quantization is not None:
         raise InputError(f"{original.name}: the reference is itself quantized; give the original with --against.")
+    asked = None
+    if tasks:
+        asked = evaluate_tasks([str(m) for m in models], original, tasks, runtime=runtime, limit=limit)
+        if any(is_server(str(m)) for m in models) or (text is None and original.path != DEMO / "model"):
+            return asked
     label = str(text)
     if text is None:
         if original.path != DEMO / "model":
@@ -94,6 +108,11 @@ def evaluate(
         "results": results,
         "comparisons": _comparisons([str(m) for m in models], scores[2:]),
     }
+    if asked is not None:
+        document["reference"] |= {"tasks": asked["reference"]["tasks"]}  # type: ignore[operator]
+        document["task_comparisons"] = asked["task_comparisons"]
+        for result, same in zip(results, asked["results"], strict=True):
+            result["tasks"] = same["tasks"]
     for name, result in zip(models, results, strict=True):
         result["domain"] = _domain(Path(name), ids, tokenizer)
         if (Path(name) / MANIFEST).exists():

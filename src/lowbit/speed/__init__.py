@@ -24,6 +24,7 @@ from lowbit.errors import InputError, LowbitError
 from lowbit.intervals import CONFIDENCE, median_interval
 from lowbit.model.checkpoint import open_checkpoint
 from lowbit.speed.bandwidth import measure_bandwidth
+from lowbit.speed.energy import NO_ENERGY
 from lowbit.speed.load import Load, load_test
 from lowbit.speed.stream import is_url
 
@@ -211,7 +212,23 @@ def _result(worker: Worker, scenario: Scenario, runs: list[dict[str, Any]], peak
         "kv_bytes_per_context_token": _kv_bytes(scenario, runs[-1]),
         "peak_memory_bytes": memory,
         "memory_above_import_bytes": memory - runs[-1]["baseline_memory_bytes"],
+        "energy": _energy(scenario, runs, worker.facts["no_energy"]),
         "runs": {k: [r[k] for r in runs] for k in ("ttft_s", "tpot_s", "e2e_s")},
+    }
+
+
+def _energy(scenario: Scenario, runs: list[dict[str, Any]], why_not: str | None) -> dict[str, Any]:
+    """Joules per generated token and watts over the counted runs, by counter and in all; or why there are none."""
+    if why_not is not None:
+        return NO_ENERGY | {"unavailable": why_not}
+    tokens = scenario.batch_size * scenario.output_length
+    each = {name: float(np.median([r["energy_j"][name] for r in runs])) / tokens for name in runs[0]["energy_j"]}
+    in_all = [sum(r["energy_j"].values()) for r in runs]
+    return {
+        "joules_per_token": float(np.median(in_all)) / tokens,
+        "watts": float(np.median([j / r["seconds"] for j, r in zip(in_all, runs, strict=True)])),
+        "counters": each,
+        "unavailable": None,
     }
 
 
