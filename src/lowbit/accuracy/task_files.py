@@ -11,6 +11,7 @@ doc_to_target: "{{answer}}"         # the right choice's number
 metric_list: [{metric: acc}]
 """
 
+import difflib
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 import yaml
 
-from lowbit.errors import InputError, nearest
+from lowbit.errors import InputError
 
 _FILES = (".yaml", ".yml")
 
@@ -70,11 +71,9 @@ def task_manager(specs: Sequence[str | dict[str, Any]], tasks: Sequence[str]) ->
     known = manager.all_tasks
     for spec in names:
         if spec not in known:
-            close = nearest(spec, known)
-            raise InputError(
-                f"--tasks {spec}: the harness has no such task. {close if len(close) < 500 else ''} "
-                "A task of your own is a .yaml file."
-            )
+            close = difflib.get_close_matches(spec, known, n=3, cutoff=0.5)  # it has thousands: all would be a book
+            hint = f" Did you mean {' or '.join(close)}?" if close else ""
+            raise InputError(f"--tasks {spec}: the harness has no such task.{hint} A task of your own is a .yaml file.")
     if len(set(tasks)) < len(tasks):
         raise InputError(f"--tasks {','.join(tasks)}: names a task twice.")
     return manager

@@ -99,6 +99,7 @@ def _paired(samples: Sequence[dict[str, Any]], metric: str) -> bool:
 def _harness() -> str:
     try:
         import lm_eval  # noqa: F401
+        import tenacity  # noqa: F401  # of the harness' own extra [api]
     except ImportError as error:
         raise InputError(f"tasks need the lm-evaluation-harness ({error}): pip install 'lowbit[tasks]'.") from error
     return f"lm-eval {metadata.version('lm-eval')}"

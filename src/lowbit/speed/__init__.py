@@ -93,6 +93,7 @@ def bench(
     repeats: int = 5,
     precision: float | None = None,
     grid: Sequence[Scenario] = (),
+    grid_repeats: int = GRID_REPEATS,
     load: Load | None = None,
     runtime: str = "auto",
     seed: int = 0,
@@ -101,7 +102,7 @@ def bench(
 
     With `precision` (0.02 is 2 %), rounds go on after `repeats` until half the interval of every model's ratio (of
     its time per token, without `against`) is within it, or until MOST_ROUNDS times as many have run. `grid` are more
-    scenarios, run GRID_REPEATS times each, for a model of times at other sizes; their rows are the document's `grid`.
+    scenarios, run `grid_repeats` times each, for a model of times at other sizes; their rows are the document's `grid`.
 
     A model may be the URL of an OpenAI-compatible server: then `load` says how it is asked (speed/load.py), by default
     as many clients at once as the batch size.
@@ -126,7 +127,7 @@ def bench(
     with ExitStack() as stack:
         workers = [stack.enter_context(Worker(name, runtime)) for name in names]
         runs = _alternate(workers, scenarios, repeats, seed, precision)
-        rough = _alternate(workers, list(grid), GRID_REPEATS, seed)
+        rough = _alternate(workers, list(grid), grid_repeats, seed)
     results = [
         _result(worker, scenario, runs[worker.model, scenario], peak) for scenario in scenarios for worker in workers
     ]

@@ -96,7 +96,8 @@ def tune(
         "seq_len": window,
         "seed": seed,
     }
-    job = Job(str(model), output, words, split, window, job_limits or JobLimits(), resume)
+    context = int(checkpoint.text_config.get("max_position_embeddings") or 2048)
+    job = Job(str(model), output, words, split, window, job_limits or JobLimits(), resume, context)
     rows = quantize_all(job, sorted(candidates, key=lambda c: order.index(c.scheme)), notebook)
     if not measured(rows):
         raise InputError(f"no candidate could be made: {rows[0]['error']}")

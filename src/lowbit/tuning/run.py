@@ -21,7 +21,13 @@ from lowbit.tuning.halving import KEEP, RUNGS, Measured, dropped
 from lowbit.tuning.isolate import JobError, JobLimits, run_job
 from lowbit.tuning.split import Split
 
-GRID = tuple(Scenario(p, 16, b) for p in (16, 192) for b in (1, 4))  # what times at other sizes are predicted from
+_NEW, _LONGEST = 16, 768  # tokens of the grid's answers, and of its longest prompt
+
+
+def grid(context: int) -> tuple[Scenario, ...]:
+    """What times at other sizes are predicted from: short and long prompts, few and many sequences."""
+    sizes = ((16, 1), (16, 4), (16, 8), (192, 1), (192, 4), (_LONGEST, 1))
+    return tuple(dict.fromkeys(Scenario(min(p, context - _NEW), _NEW, b) for p, b in sizes))
 
 
 @dataclass(frozen=True)
@@ -35,6 +41,7 @@ class Job:
     window: int
     limits: JobLimits
     resume: bool
+    context: int = 2048  # of the model, in tokens
 
 
 @dataclass(frozen=True)
@@ -176,7 +183,7 @@ def measure_speed(
 
     def ask(left: list[dict[str, Any]]) -> dict[str, Any]:
         paths = [c["path"] for c in left]
-        return bench(paths, against=job.model, repeats=repeats, precision=precision, grid=GRID, seed=seed)
+        return bench(paths, against=job.model, repeats=repeats, precision=precision, grid=grid(job.context), seed=seed)
 
     left = measured(rows)
     try:
