@@ -1,6 +1,6 @@
 """Does `lowbit tune` find what trying everything finds, and in what share of the time?
 
-Both run on the same candidates with a 1 % limit on perplexity: `exhaustive` makes every candidate, evaluates each on all
+Both run on the same candidates with a 1 % limit on perplexity: `exhaustive` makes every candidate, evaluates it on all
 windows and times it; `tune` as it is by default. The speed of what each recommends is compared by the exhaustive run's
 own measurements, so that both figures come from one series of turns.
 
