@@ -138,10 +138,13 @@ def run(case: Case, engines: dict[bool, Engine], work: Workload) -> tuple[list[l
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--repeats", type=int, default=3)
-    p.add_argument("--requests", type=int, default=Workload.requests)
+    for name, value in asdict(Workload()).items():
+        p.add_argument(f"--{name}", type=int, default=value)
+    p.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"])
     p.add_argument("--json", default=str(RESULTS))
     a = p.parse_args()
-    work = Workload(requests=a.requests)
+    work = Workload(a.requests, a.shared, a.own, a.output)
+    SHAPE["num_hidden_layers"] = a.layers
     with tempfile.TemporaryDirectory() as place:
         engines = make_models(Path(place))
         runs: dict[str, list[dict[str, Any]]] = {c.name: [] for c in CASES}
