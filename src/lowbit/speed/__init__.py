@@ -177,7 +177,7 @@ def _alternate(
             if r > 0:
                 runs[worker.model, scenario].append(reply)
 
-    rounds = [(s, r) for s in scenarios for r in range(repeats + 1)]
+    rounds = [(s, r) for r in range(repeats + 1) for s in scenarios]  # what drifts hits every scenario
     for scenario, r in track(rounds, "benchmarking", len(rounds)):
         play(scenario, r)
     if precision is not None:

@@ -132,6 +132,8 @@ def tune(
         "expected": {"situation": vars(situation), "order": expected},
         "catalog": prices,
         "own_candidates": own_candidates,
+        "exhaustive": exhaustive,
+        "calibration": None if calibration is None else str(calibration),
         **_outcome(str(model), rows, accuracy["confirmation"], speed, wanted),
         "samples": _samples(str(model), measured(rows), split.confirmation, tokenizer),
     }
