@@ -169,23 +169,50 @@ def _result(
     increase = own.perplexity / truth.perplexity - 1
     ratio = own.nll - truth.nll  # log of the perplexity ratio, window by window
     kl = float(own.kl.mean())
-    limits = (("perplexity_increase", increase, max_ppl_increase), ("kl", kl, max_kl))
+    between, spread = perplexity_ratio(own.nll, truth.nll), mean_interval(own.kl)
+    limits = (
+        ("perplexity_increase", increase, max_ppl_increase, between.low - 1, between.high - 1),
+        ("kl", kl, max_kl, spread.low, spread.high),
+    )
     return {
         "model": name,
         "runtime": engine.runtime,
         "perplexity": own.perplexity,
         "perplexity_increase": increase,
         "perplexity_increase_stderr": Scores.stderr(ratio) * math.exp(ratio.mean()),
-        "perplexity_ratio": perplexity_ratio(own.nll, truth.nll).to_dict(),
-        "kl": {"mean": kl, "stderr": Scores.stderr(own.kl), "interval": mean_interval(own.kl).to_dict()},
+        "perplexity_ratio": between.to_dict(),
+        "kl": {"mean": kl, "stderr": Scores.stderr(own.kl), "interval": spread.to_dict()},
         "top1_agreement": float(own.agreement.mean()),
         "next_token_accuracy": float(own.right.mean()),
         "mcnemar": mcnemar(own.right, truth.right),
         "per_window": {"nll": own.nll.tolist(), "kl": own.kl.tolist()},
         "tasks": {},
         "gates": [
-            {"gate": gate, "limit": limit, "value": value, "met": value <= limit}
-            for gate, value, limit in limits
+            _gate(name, gate, value, limit, low, high, len(own.kl))
+            for gate, value, limit, low, high in limits
             if limit is not None
         ],
     }
+
+
+def _gate(name: str, gate: str, value: float, limit: float, low: float, high: float, windows: int) -> dict[str, Any]:
+    """Whether a limit is met; `decided` where the interval says the same. Warns how much text would decide it.
+
+    Raises InputError where there is no interval at all: a single window.
+    """
+    if windows < 2:
+        raise InputError(
+            f"the text fills a single window, and one value has no interval, so {gate} cannot be held against a limit: "
+            "give more text or lower --seq-len."
+        )
+    decided = not low <= limit <= high
+    if not decided:
+        needed = windows * ((high - low) / 2 / max(abs(value - limit), 1e-3 * limit, 1e-12)) ** 2
+        note(
+            f"warning: {name}: the text is too short to decide {gate}: {value:.4g}, 95 % interval {low:.4g} to "
+            f"{high:.4g}, limit {limit:.4g}; about {needed:.0f} windows would, this text has {windows}."
+        )
+    return {
+        "gate": gate, "limit": limit, "value": value, "met": value <= limit, "interval": {"low": low, "high": high},
+        "decided": decided,
+    }  # fmt: skip
