@@ -4,13 +4,14 @@ A step reads every weight once, computes with it once a token, and for every tok
 (Williams, Waterman and Patterson, "Roofline", 2009). With reading and computing not overlapped the time is linear in
 what can be counted,
 
-    TPOT(batch, context) = fixed + per_token batch        + per_pair batch x context
-    TTFT(batch, prompt)  = fixed + per_token batch prompt + per_pair batch x prompt^2 / 2
+    TPOT(batch, context) = fixed + per_sequence batch                          + per_pair batch x context
+    TTFT(batch, prompt)  = fixed + per_sequence batch + per_token batch prompt + per_pair batch x prompt^2 / 2
 
-`fixed` is the overhead of a call and the reading of the weights (for one model they cannot be told apart), `per_token`
-the arithmetic of the linears, `per_pair` attention: reading the cache, or multiplying with it. Three coefficients, none
-below 0, for each kind of time follow from non-negative least squares on relative errors. Scenarios that took no part in
-the fit say how far off it is: that error is shown wherever a prediction is.
+`fixed` is the overhead of a step and the reading of the weights (for one model they cannot be told apart),
+`per_sequence` the same where prompts are read one after the other, `per_token` the arithmetic of the linears,
+`per_pair` attention: reading the cache, or multiplying with it. The coefficients, none below 0, follow for each kind of
+time from non-negative least squares on relative errors. Scenarios that took no part in the fit say how far off it is:
+that error is shown wherever a prediction is.
 """
 
 from collections.abc import Sequence
@@ -23,14 +24,15 @@ from scipy.optimize import nnls
 
 @dataclass(frozen=True)
 class Line:
-    """seconds = fixed + tokens x per_token + pairs x per_pair"""
+    """seconds = fixed + sequences x per_sequence + tokens x per_token + pairs x per_pair"""
 
     fixed: float
+    per_sequence: float
     per_token: float
     per_pair: float
 
-    def seconds(self, tokens: float, pairs: float) -> float:
-        return self.fixed + tokens * self.per_token + pairs * self.per_pair
+    def seconds(self, sequences: float, tokens: float, pairs: float) -> float:
+        return self.fixed + sequences * self.per_sequence + tokens * self.per_token + pairs * self.per_pair
 
 
 @dataclass(frozen=True)
@@ -73,19 +75,19 @@ def fit(results: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]], k
     return Roofline(ttft, tpot, weight_bytes, kv_bytes_per_token, seen, error)
 
 
-def _first(prompt: int, batch: int) -> tuple[float, float]:
-    """(tokens, pairs of tokens) of reading the prompts."""
-    return batch * prompt, batch * prompt**2 / 2
+def _first(prompt: int, batch: int) -> tuple[float, float, float]:
+    """(sequences, tokens, pairs of tokens) of reading the prompts."""
+    return batch, batch * prompt, batch * prompt**2 / 2
 
 
-def _each(prompt: int, output: int, batch: int) -> tuple[float, float]:
-    """(tokens, pairs of tokens) of one step in the middle of the answer."""
-    return batch, batch * (prompt + output / 2)
+def _each(prompt: int, output: int, batch: int) -> tuple[float, float, float]:
+    """The same of one step in the middle of the answer, a token a sequence."""
+    return batch, 0, batch * (prompt + output / 2)
 
 
-def _line(counts: Sequence[tuple[float, float]], seconds: Sequence[float]) -> Line:
+def _line(counts: Sequence[tuple[float, float, float]], seconds: Sequence[float]) -> Line:
     """Non-negative least squares of relative errors; columns are scaled so that none drowns in rounding."""
     y = np.array(seconds, dtype=float)
     columns = np.concatenate([np.ones((len(y), 1)), np.array(counts, dtype=float)], 1)
-    scale = columns.max(0)
+    scale = np.where(columns.any(0), columns.max(0), 1.0)
     return Line(*(float(v) for v in nnls(columns / scale / y[:, None], np.ones(len(y)))[0] / scale))

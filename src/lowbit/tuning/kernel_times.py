@@ -31,9 +31,10 @@ def product_seconds(shape: tuple[int, int], scheme: str) -> float:
         raise InputError("a budget in time needs lowbit's compiled kernels; give it in bits or bytes.")
     generator = torch.Generator().manual_seed(0)
     try:
-        packed = _random(shape, Scheme.parse(scheme), generator)
+        group = 32 if Scheme.parse(scheme).activation is None else 0  # columns a scale of the activations; 0: all
+        packed = _random(shape, Scheme.parse(scheme), group, generator)
         copies = max(1, min(16, _CACHE_BYTES // packed.nbytes))
-        weights = [packed, *(_random(shape, Scheme.parse(scheme), generator) for _ in range(copies - 1))]
+        weights = [packed, *(_random(shape, Scheme.parse(scheme), group, generator) for _ in range(copies - 1))]
     except ValueError as error:
         raise InputError(f"no kernel for {scheme} on {shape[0]} x {shape[1]}: {error}.") from error
     x = torch.randn(1, shape[1], generator=generator)
@@ -41,12 +42,12 @@ def product_seconds(shape: tuple[int, int], scheme: str) -> float:
     for _ in range(_REPEATS + 1):  # the first warms up
         start = time.perf_counter()
         for w in weights:
-            native_linear(w, x)
+            native_linear(w, x, group)
         rounds.append((time.perf_counter() - start) / len(weights))
     return float(np.median(rounds[1:]))
 
 
-def _random(shape: tuple[int, int], scheme: Scheme, generator: torch.Generator) -> PackedWeight:
+def _random(shape: tuple[int, int], scheme: Scheme, group: int, generator: torch.Generator) -> PackedWeight:
     """A matrix of random codes in the kernels' layout."""
     weight = scheme.weight
     if weight is None:
@@ -55,7 +56,6 @@ def _random(shape: tuple[int, int], scheme: Scheme, generator: torch.Generator) 
     if weight.granularity not in ("channel", "group") or not (table or weight.kind == "int"):
         raise InputError(f"no kernel time for {scheme}: give a budget in bits or bytes, or integer schemes.")
     scale = torch.full(scale_shape(weight, shape), 0.01, dtype=torch.bfloat16)
-    group = 32 if scheme.activation is None else 0  # columns that share a scale of the activations; 0: all
     if table:
         codes = torch.randint(0, 16, shape, generator=generator, dtype=torch.int8)
         return pack.pack_table(codes, scale, torch.linspace(-1, 1, 16)[None], act_group=group)

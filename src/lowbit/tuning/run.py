@@ -28,7 +28,7 @@ _NEW, _LONGEST = 16, 768  # tokens of the grid's answers, and of its longest pro
 
 def grid(context: int) -> tuple[Scenario, ...]:
     """What times at other sizes are predicted from: short and long prompts, few and many sequences."""
-    sizes = ((16, 1), (16, 4), (16, 8), (192, 1), (192, 4), (_LONGEST, 1))
+    sizes = ((16, 1), (16, 4), (16, 8), (64, 2), (192, 1), (192, 4), (384, 2), (_LONGEST, 1))
     return tuple(dict.fromkeys(Scenario(min(p, context - _NEW), _NEW, b) for p, b in sizes))
 
 
