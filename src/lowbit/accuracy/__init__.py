@@ -9,6 +9,7 @@ import numpy as np
 
 from lowbit.accuracy.domain import domain_distance, warning
 from lowbit.accuracy.measure import Scores, cut_windows, measure
+from lowbit.accuracy.tasks import evaluate_tasks, is_server
 from lowbit.artifact import MANIFEST, read_manifest, write_json
 from lowbit.calibration import read_documents, tokenize
 from lowbit.console import note
@@ -34,18 +35,31 @@ def evaluate(
     runtime: Runtime = "auto",
     max_ppl_increase: float | None = None,
     max_kl: float | None = None,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
 ) -> dict[str, Any]:
     """The `evaluate` document of `models` against the float32 original, on a .txt or .jsonl file.
 
     `against` defaults to the model that a lowbit output was made from. `max_ppl_increase` (0.01 is 1 %) and `max_kl`
     are gates: each result's `gates` says whether it met them. `windows` takes only so many, spread evenly over the
     text. A lowbit output gets its result as evaluate.json.
+
+    `tasks` are names of the lm-evaluation-harness or YAML files (accuracy/tasks.py), `limit` takes only so many samples
+    of each; each result's `tasks` keeps every sample, `task_comparisons` every pair of models. With tasks and no text,
+    and for the URL of a server, tasks are all that is measured.
     """
     if not models:
         raise InputError("no model to evaluate: give at least one.")
+    if tasks and against is None and is_server(str(models[0])):
+        raise InputError(f"{models[0]}: say which model it serves with --against; its tokenizer is needed.")
     original = open_checkpoint(against if against is not None else _origin(models[0]))
     if original.quantization is not None:
         raise InputError(f"{original.name}: the reference is itself quantized; give the original with --against.")
+    asked = None
+    if tasks:
+        asked = evaluate_tasks([str(m) for m in models], original, tasks, runtime=runtime, limit=limit)
+        if any(is_server(str(m)) for m in models) or (text is None and original.path != DEMO / "model"):
+            return asked
     label = str(text)
     if text is None:
         if original.path != DEMO / "model":
@@ -94,6 +108,11 @@ def evaluate(
         "results": results,
         "comparisons": _comparisons([str(m) for m in models], scores[2:]),
     }
+    if asked is not None:
+        document["reference"] |= {"tasks": asked["reference"]["tasks"]}  # type: ignore[operator]
+        document["task_comparisons"] = asked["task_comparisons"]
+        for result, same in zip(results, asked["results"], strict=True):
+            result["tasks"] = same["tasks"]
     for name, result in zip(models, results, strict=True):
         result["domain"] = _domain(Path(name), ids, tokenizer)
         if (Path(name) / MANIFEST).exists():
@@ -150,23 +169,50 @@ def _result(
     increase = own.perplexity / truth.perplexity - 1
     ratio = own.nll - truth.nll  # log of the perplexity ratio, window by window
     kl = float(own.kl.mean())
-    limits = (("perplexity_increase", increase, max_ppl_increase), ("kl", kl, max_kl))
+    between, spread = perplexity_ratio(own.nll, truth.nll), mean_interval(own.kl)
+    limits = (
+        ("perplexity_increase", increase, max_ppl_increase, between.low - 1, between.high - 1),
+        ("kl", kl, max_kl, spread.low, spread.high),
+    )
     return {
         "model": name,
         "runtime": engine.runtime,
         "perplexity": own.perplexity,
         "perplexity_increase": increase,
         "perplexity_increase_stderr": Scores.stderr(ratio) * math.exp(ratio.mean()),
-        "perplexity_ratio": perplexity_ratio(own.nll, truth.nll).to_dict(),
-        "kl": {"mean": kl, "stderr": Scores.stderr(own.kl), "interval": mean_interval(own.kl).to_dict()},
+        "perplexity_ratio": between.to_dict(),
+        "kl": {"mean": kl, "stderr": Scores.stderr(own.kl), "interval": spread.to_dict()},
         "top1_agreement": float(own.agreement.mean()),
         "next_token_accuracy": float(own.right.mean()),
         "mcnemar": mcnemar(own.right, truth.right),
         "per_window": {"nll": own.nll.tolist(), "kl": own.kl.tolist()},
         "tasks": {},
         "gates": [
-            {"gate": gate, "limit": limit, "value": value, "met": value <= limit}
-            for gate, value, limit in limits
+            _gate(name, gate, value, limit, low, high, len(own.kl))
+            for gate, value, limit, low, high in limits
             if limit is not None
         ],
     }
+
+
+def _gate(name: str, gate: str, value: float, limit: float, low: float, high: float, windows: int) -> dict[str, Any]:
+    """Whether a limit is met; `decided` where the interval says the same. Warns how much text would decide it.
+
+    Raises InputError where there is no interval at all: a single window.
+    """
+    if windows < 2:
+        raise InputError(
+            f"the text fills a single window, and one value has no interval, so {gate} cannot be held against a limit: "
+            "give more text or lower --seq-len."
+        )
+    decided = not low <= limit <= high
+    if not decided:
+        needed = windows * ((high - low) / 2 / max(abs(value - limit), 1e-3 * limit, 1e-12)) ** 2
+        note(
+            f"warning: {name}: the text is too short to decide {gate}: {value:.4g}, 95 % interval {low:.4g} to "
+            f"{high:.4g}, limit {limit:.4g}; about {needed:.0f} windows would, this text has {windows}."
+        )
+    return {
+        "gate": gate, "limit": limit, "value": value, "met": value <= limit, "interval": {"low": low, "high": high},
+        "decided": decided,
+    }  # fmt: skip

@@ -24,6 +24,7 @@ from lowbit.errors import InputError, LowbitError
 from lowbit.intervals import CONFIDENCE, median_interval
 from lowbit.model.checkpoint import open_checkpoint
 from lowbit.speed.bandwidth import measure_bandwidth
+from lowbit.speed.energy import NO_ENERGY
 from lowbit.speed.load import Load, load_test
 from lowbit.speed.stream import is_url
 
@@ -92,6 +93,7 @@ def bench(
     repeats: int = 5,
     precision: float | None = None,
     grid: Sequence[Scenario] = (),
+    grid_repeats: int = GRID_REPEATS,
     load: Load | None = None,
     runtime: str = "auto",
     seed: int = 0,
@@ -100,7 +102,7 @@ def bench(
 
     With `precision` (0.02 is 2 %), rounds go on after `repeats` until half the interval of every model's ratio (of
     its time per token, without `against`) is within it, or until MOST_ROUNDS times as many have run. `grid` are more
-    scenarios, run GRID_REPEATS times each, for a model of times at other sizes; their rows are the document's `grid`.
+    scenarios, run `grid_repeats` times each, for a model of times at other sizes; their rows are the document's `grid`.
 
     A model may be the URL of an OpenAI-compatible server: then `load` says how it is asked (speed/load.py), by default
     as many clients at once as the batch size.
@@ -125,7 +127,7 @@ def bench(
     with ExitStack() as stack:
         workers = [stack.enter_context(Worker(name, runtime)) for name in names]
         runs = _alternate(workers, scenarios, repeats, seed, precision)
-        rough = _alternate(workers, list(grid), GRID_REPEATS, seed)
+        rough = _alternate(workers, list(grid), grid_repeats, seed)
     results = [
         _result(worker, scenario, runs[worker.model, scenario], peak) for scenario in scenarios for worker in workers
     ]
@@ -175,7 +177,7 @@ def _alternate(
             if r > 0:
                 runs[worker.model, scenario].append(reply)
 
-    rounds = [(s, r) for s in scenarios for r in range(repeats + 1)]
+    rounds = [(s, r) for r in range(repeats + 1) for s in scenarios]  # what drifts hits every scenario
     for scenario, r in track(rounds, "benchmarking", len(rounds)):
         play(scenario, r)
     if precision is not None:
@@ -211,7 +213,23 @@ def _result(worker: Worker, scenario: Scenario, runs: list[dict[str, Any]], peak
         "kv_bytes_per_context_token": _kv_bytes(scenario, runs[-1]),
         "peak_memory_bytes": memory,
         "memory_above_import_bytes": memory - runs[-1]["baseline_memory_bytes"],
+        "energy": _energy(scenario, runs, worker.facts["no_energy"]),
         "runs": {k: [r[k] for r in runs] for k in ("ttft_s", "tpot_s", "e2e_s")},
+    }
+
+
+def _energy(scenario: Scenario, runs: list[dict[str, Any]], why_not: str | None) -> dict[str, Any]:
+    """Joules per generated token and watts over the counted runs, by counter and in all; or why there are none."""
+    if why_not is not None:
+        return NO_ENERGY | {"unavailable": why_not}
+    tokens = scenario.batch_size * scenario.output_length
+    each = {name: float(np.median([r["energy_j"][name] for r in runs])) / tokens for name in runs[0]["energy_j"]}
+    in_all = [sum(r["energy_j"].values()) for r in runs]
+    return {
+        "joules_per_token": float(np.median(in_all)) / tokens,
+        "watts": float(np.median([j / r["seconds"] for j, r in zip(in_all, runs, strict=True)])),
+        "counters": each,
+        "unavailable": None,
     }
 
 

@@ -27,6 +27,7 @@ def main() -> None:
     from lowbit.errors import LowbitError
     from lowbit.runtime.base import Engine
     from lowbit.runtime.engine import load
+    from lowbit.speed.energy import find_meter
 
     def timed(engine: Engine, prompts: torch.Tensor, output_length: int) -> tuple[float, float, float]:
         """Seconds of one generation: to the first token, per further token, and in all."""
@@ -37,6 +38,7 @@ def main() -> None:
 
     baseline = psutil.Process().memory_info().rss
     engine: Engine | None = None
+    meter = find_meter()
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
         nonlocal engine
@@ -50,13 +52,16 @@ def main() -> None:
                 "context_length": engine.context_length,
                 "weight_bytes": engine.weight_bytes,
                 "weight_bytes_per_token": engine.weight_bytes_per_token,
+                "no_energy": meter.why_not,
             }
         assert engine is not None
         shape = (request["batch_size"], request["prompt_length"])
         prompts = torch.from_numpy(np.random.default_rng(request["seed"]).integers(0, engine.vocab_size, shape))
+        counted = meter.read()
         runs = [timed(engine, prompts, request["output_length"])]
         while sum(run[2] for run in runs) < LEAST_SECONDS:
             runs.append(timed(engine, prompts, request["output_length"]))
+        joules = meter.joules(counted, meter.read())
         ttft, tpot, e2e = sorted(runs, key=lambda run: run[2])[(len(runs) - 1) // 2]
         middle_context = request["prompt_length"] + request["output_length"] // 2
         return {
@@ -66,6 +71,8 @@ def main() -> None:
             "kv_bytes_per_token": engine.kv_bytes(middle_context) * request["batch_size"],
             "peak_memory_bytes": peak_memory(),
             "baseline_memory_bytes": baseline,
+            "energy_j": {name: j / len(runs) for name, j in joules.items()},  # of one generation
+            "seconds": sum(run[2] for run in runs) / len(runs),
         }
 
     for line in sys.stdin:
