@@ -4,8 +4,8 @@ Where lowbit is installed beside vLLM, `vllm serve OUT` works for tables, lattic
 stored tensors of every linear are read and become its ordinary weight, in the model's dtype: that saves disk and
 download, not memory. What compressed-tensors can say needs none of this, and runs on vLLM's own kernels.
 
-vLLM puts linears of one input side by side (q, k and v; gate and up). Each part is read on its own, dequantized, and cut
-to the rows or columns of this process if several share the model.
+vLLM puts linears of one input side by side (q, k and v; gate and up). Each part is read on its own, dequantized, and
+cut to the rows or columns of this process if several share the model.
 """
 
 from collections.abc import Mapping
@@ -90,13 +90,13 @@ class LowbitLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """Empty parameters by the stored names, whose loaders keep what is read until all of it is there."""
         layer.lowbit_parts = [{} for _ in self.schemes]
         layer.lowbit_shape = (output_partition_sizes, input_size_per_partition, params_dtype)
-        wanted = {"weight"} if None in self.schemes else set()
+        wanted = {"weight": params_dtype} if None in self.schemes else {}
         for scheme, rotated in zip(self.schemes, self.rotated, strict=True):
             if scheme is not None:
-                shape = (output_size, input_size)  # only the names are used
-                wanted |= set(native.stored_shapes(scheme, shape, params_dtype, rotated=rotated))
-        for name in sorted(wanted):
-            parameter = nn.Parameter(torch.empty(0, dtype=params_dtype), requires_grad=False)
+                stored = native.stored_shapes(scheme, (output_size, input_size), params_dtype, rotated=rotated)
+                wanted |= {name: dtype for name, (_, dtype) in stored.items()}
+        for name, dtype in sorted(wanted.items()):
+            parameter = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
             parameter.weight_loader = _Keeper(layer.lowbit_parts, name)
             layer.register_parameter(name, parameter)
 
@@ -134,7 +134,9 @@ def _loader(parameter: nn.Parameter) -> Any:
 def _dense(stored: Mapping[str, Tensor], scheme: Scheme | None, dtype: torch.dtype) -> Tensor:
     if scheme is None:
         return stored["weight"].to(dtype)
-    return native.unpack("", {f".{name}": value for name, value in stored.items()}.__getitem__, scheme).dequantize(dtype)
+    return native.unpack("", {f".{name}": value for name, value in stored.items()}.__getitem__, scheme).dequantize(
+        dtype
+    )
 
 
 def _share(weight: Tensor, rows: int, columns: int) -> Tensor:
