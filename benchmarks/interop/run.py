@@ -70,7 +70,7 @@ METHODS = {"any4": "any4", "e8p2": "quip"}
 
 
 def make(case: Case, work: Path) -> Path:
-    """The directory or file of a case, made once."""
+    """The directory or file of a case, made once in `work`."""
     directory = DEMO / "model"
     if case.scheme:
         directory = work / case.scheme
@@ -162,14 +162,16 @@ def main() -> None:
     parser.add_argument("--vllm", help="vLLM's program")
     parser.add_argument("--only", help="readers, separated by commas")
     parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--work", type=Path, help="keep the files here, and use those that are there")
     args = parser.parse_args()
     kept = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else []
     rows = {(r["reader"], r["file"]): r for r in kept}
     with tempfile.TemporaryDirectory() as name:
+        work = args.work or Path(name)
         for case in CASES:
             if args.only and case.reader not in args.only.split(","):
                 continue
-            row = run(case, args, Path(name))
+            row = run(case, args, work)
             if row is None:
                 print(f"{case.reader}: not there", file=sys.stderr)
                 continue

@@ -79,7 +79,7 @@ class LowbitLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -96,11 +96,11 @@ class LowbitLinearMethod(LinearMethodBase):  # type: ignore[misc]
                 stored = native.stored_shapes(scheme, (output_size, input_size), params_dtype, rotated=rotated)
                 wanted |= {name: dtype for name, (_, dtype) in stored.items()}
         for name, dtype in sorted(wanted.items()):
-            parameter = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
+            parameter: Any = nn.Parameter(torch.empty(0, dtype=dtype), requires_grad=False)
             parameter.weight_loader = _Keeper(layer.lowbit_parts, name)
             layer.register_parameter(name, parameter)
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """All parts dequantized, cut to this process's share, and put one below the other."""
         rows, columns, dtype = layer.lowbit_shape
         device = next(layer.parameters()).device
@@ -113,7 +113,7 @@ class LowbitLinearMethod(LinearMethodBase):  # type: ignore[misc]
         layer.weight = nn.Parameter(torch.cat(parts).to(device), requires_grad=False)
         del layer.lowbit_parts
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         return nn.functional.linear(x, layer.weight, bias)
 
 

@@ -120,7 +120,7 @@ def test_a_file_alone_is_enough_to_chat_and_evaluate(tiny: Path, tmp_path: Path)
     from lowbit.runtime.engine import load
 
     export(tiny, tmp_path / "full.gguf", "gguf", type="f32")
-    export(tiny, tmp_path / "small.gguf", "gguf", type="q8_0")
+    export(tiny, tmp_path / "small.gguf", "gguf", type="q8_0", method="search")
     assert load(tmp_path / "full.gguf", "float32").generate("def f", max_new_tokens=4) == load(
         tiny, "float32"
     ).generate("def f", max_new_tokens=4)

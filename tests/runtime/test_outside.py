@@ -1,4 +1,4 @@
-"""Engines of other projects: servers that start, answer and end; llama-server itself where LLAMA_CPP says where it is."""
+"""Engines of other projects: servers that start, answer and end; llama-server itself where LLAMA_CPP names it."""
 
 import json
 import os

@@ -11,6 +11,7 @@ llama   SentencePiece: of all neighbouring pieces that join to a piece of the vo
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -34,7 +35,8 @@ def read_tokenizer(metadata: Mapping[str, Any], where: str) -> Any:
     metadata that contradict themselves."""
 
     def word(key: str, default: Any = None) -> Any:
-        return metadata.get(f"tokenizer.ggml.{key}", default)
+        value = metadata.get(f"tokenizer.ggml.{key}", default)
+        return value.tolist() if isinstance(value, np.ndarray) else value
 
     kind, tokens = word("model"), word("tokens")
     if kind not in ("gpt2", "llama") or not _strings(tokens):
@@ -146,5 +148,5 @@ def _frame(tokenizer: Tokenizer, special: Mapping[str, str | None], *, bos: Any,
     around = [t for t in (before, after) if t is not None]
     if around:
         form = [*([before] if before else []), "$A", *([after] if after else [])]
-        numbers = [(t, int(tokenizer.token_to_id(t))) for t in dict.fromkeys(around)]
+        numbers = [(t, tokenizer.token_to_id(t) or 0) for t in dict.fromkeys(around)]
         tokenizer.post_processor = processors.TemplateProcessing(single=form, special_tokens=numbers)
