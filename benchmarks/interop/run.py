@@ -82,8 +82,10 @@ def make(case: Case, work: Path) -> Path:
     suffix = ".gguf" if case.format == "gguf" else ""
     target = work / f"{case.label.replace(' ', '-')}{suffix}"
     if not target.exists():
-        words = {"type": case.type, "method": "search"} if case.type and case.type != "f32" else {"type": case.type}
-        lowbit.export(directory, target, case.format, **(words if case.format == "gguf" and case.type else {}))
+        words: dict[str, Any] = {"type": case.type} if case.type else {}
+        if case.type not in (None, "f32"):
+            words |= {"method": "search", "samples": 4, "seq_len": 128}
+        lowbit.export(directory, target, case.format, **words)
     return target
 
 
