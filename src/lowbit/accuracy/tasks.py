@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from lowbit.accuracy.task_files import task_manager, task_spec
+from lowbit.client import is_url
 from lowbit.console import note, verbosity
 from lowbit.errors import InputError
 from lowbit.intervals import mcnemar, mean_interval
@@ -29,12 +30,7 @@ from lowbit.model.checkpoint import Checkpoint
 from lowbit.model.load import load_tokenizer
 from lowbit.runtime.engine import Runtime, load
 
-_URL = ("http://", "https://")
 _NOT_MEASURED: dict[str, Any] = {"perplexity": None, "perplexity_increase": None, "kl": None, "top1_agreement": None}
-
-
-def is_server(model: str) -> bool:
-    return model.startswith(_URL)
 
 
 def evaluate_tasks(
@@ -55,8 +51,8 @@ def evaluate_tasks(
     """
     if limit is not None and limit < 1:
         raise InputError(f"--limit must be at least 1 sample, got {limit}.")
+    harness = _harness()
     with _quiet():
-        harness = _harness()
         specs = [task_spec(name) for name in tasks]
         manager = task_manager(specs, tasks)
         found = []
@@ -194,7 +190,7 @@ def _model(name: str | Checkpoint, original: Checkpoint, runtime: Runtime) -> An
     from lowbit.accuracy.harness import HarnessModel
 
     tokenizer = load_tokenizer(original)
-    if isinstance(name, str) and is_server(name):
+    if isinstance(name, str) and is_url(name):
         return _server(name, original, tokenizer)
     return HarnessModel(load(name, runtime), tokenizer)
 

@@ -1,11 +1,14 @@
 """lowbit evaluate, lowbit bench"""
 
+import tempfile
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lowbit.cli.options import (
     Json,
+    Program,
     Quiet,
     Runtime,
     Seed,
@@ -23,7 +26,7 @@ from lowbit.cli.options import (
 )
 from lowbit.errors import QualityGateError
 
-Models = Annotated[list[str], typer.Argument(help="Model directories, hub ids, 'demo', or for bench URLs.")]
+Models = Annotated[list[str], typer.Argument(help="Model directories, GGUF files, hub ids, 'demo', or servers' URLs.")]
 Against = Annotated[str | None, typer.Option(help="The model to compare with.")]
 
 
@@ -32,6 +35,7 @@ def evaluate(
     against: Against = None,
     text: Annotated[str | None, typer.Option(metavar="FILE", help="A .txt or .jsonl to measure on.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens a window (default: the context, at most 2048).")] = None,
+    windows: Annotated[int | None, typer.Option(help="Only so many windows, spread over the text.", min=1)] = None,
     max_ppl_increase: Annotated[str | None, typer.Option(metavar="1%", help="Gate: exit 3 above this.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Gate: exit 3 above this KL divergence.", min=0)] = None,
     tasks: Annotated[
@@ -39,6 +43,7 @@ def evaluate(
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Of each task only so many samples.")] = None,
     runtime: Runtime = "auto",
+    program: Program = None,
     trust_remote_code: Trust = False,
     json: Json = None,
     quiet: Quiet = False,
@@ -50,10 +55,12 @@ def evaluate(
     kind = check_runtime(runtime)
     from lowbit.accuracy import evaluate as run
 
-    document = run(
-        models, text, against=against, seq_len=seq_len, runtime=kind, max_ppl_increase=most, max_kl=max_kl,
-        tasks=words(tasks), limit=limit,
-    )  # fmt: skip
+    with tempfile.TemporaryDirectory() as work:
+        floor = _original_as_gguf(against, Path(work)) if kind == "llama.cpp" else None
+        document = run(
+            models, text, against=against, seq_len=seq_len, windows=windows, runtime=kind, program=program,
+            floor=floor, max_ppl_increase=most, max_kl=max_kl, tasks=words(tasks), limit=limit,
+        )  # fmt: skip
     shown = [accuracy_table(document)] if "text" in document else []
     finish("evaluate", document, json, "\n\n".join([*shown, *([task_table(document)] if tasks else [])]))
     missed = [(r["model"], g) for r in document["results"] for g in r.get("gates", ()) if not g["met"]]
@@ -62,19 +69,24 @@ def evaluate(
         raise QualityGateError("quality gate not met: " + "; ".join(lines))
 
 
+def _original_as_gguf(original: str | None, work: Path) -> Path | None:
+    """The model to compare with, for llama.cpp's noise floor: in full precision, as a file of its own."""
+    if original is None or original.endswith(".gguf"):
+        return None
+    from lowbit.exporting import export
+
+    file = work / "original.gguf"
+    export(original, file, "gguf", type="f32")
+    return file
+
+
 def accuracy_table(document: dict[str, Any]) -> str:
     reference, floor = document["reference"], document["noise_floor"]
-    rows = [
-        [f"{reference['model']} (reference)", f"{reference['perplexity']:.4f}", "", "", "", reference["runtime"]],
-        [
-            "noise floor",
-            f"{floor['perplexity']:.4f}",
-            f"{floor['perplexity'] / reference['perplexity'] - 1:+.2%}",
-            f"{floor['kl']:.5f}",
-            f"{floor['top1_agreement']:.1%}",
-            floor["runtime"],
-        ],
-    ]
+    rows = [[f"{reference['model']} (reference)", f"{reference['perplexity']:.4f}", "", "", "", reference["runtime"]]]
+    if floor is not None:
+        increase = floor["perplexity"] / reference["perplexity"] - 1
+        row = ["noise floor", f"{floor['perplexity']:.4f}", f"{increase:+.2%}", f"{floor['kl']:.5f}"]
+        rows.append([*row, f"{floor['top1_agreement']:.1%}", floor["runtime"]])
     for r in document["results"]:
         rows.append(
             [
@@ -149,6 +161,7 @@ def bench(
     max_ttft: Annotated[str | None, typer.Option(metavar="200ms", help="Of a server: limit for goodput.")] = None,
     max_tpot: Annotated[str | None, typer.Option(metavar="20ms", help="Of a server: limit for goodput.")] = None,
     runtime: Runtime = "auto",
+    program: Program = None,
     seed: Seed = 0,
     trust_remote_code: Trust = False,
     json: Json = None,
@@ -172,6 +185,7 @@ def bench(
         precision=percent(precision, "--precision"),
         load=Load(requests, rate=rate, max_ttft=first, max_tpot=each),
         runtime=kind,
+        program=program,
         seed=seed,
     )
     finish("bench", document, json, speed_table(document), seed)

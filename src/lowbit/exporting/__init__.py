@@ -47,8 +47,10 @@ def export(
     request = replace(request or Request(), **words)
     target = Path(output)
     checkpoint = open_checkpoint(model)
-    if checkpoint.gguf is not None:
-        raise InputError(f"{checkpoint.name}: is a GGUF file; export the model that it was made from.")
+    if checkpoint.gguf is not None and format == "gguf" and not checkpoint.gguf.plain:
+        raise InputError(
+            f"{checkpoint.name}: is a quantized GGUF file already; export the model that it was made from."
+        )
     _check_scheme(checkpoint, format)
     head = {"model": checkpoint.name, "output": str(target), "format": format}
     if format == "gguf":

@@ -19,14 +19,15 @@ from typing import Any, Self
 import numpy as np
 
 from lowbit.artifact import MANIFEST, write_json
+from lowbit.client import is_url
 from lowbit.console import track
 from lowbit.errors import InputError, LowbitError
 from lowbit.intervals import CONFIDENCE, median_interval
 from lowbit.model.checkpoint import open_checkpoint
+from lowbit.runtime.server import Serving
 from lowbit.speed.bandwidth import measure_bandwidth
 from lowbit.speed.energy import NO_ENERGY
 from lowbit.speed.load import Load, load_test
-from lowbit.speed.stream import is_url
 
 __all__ = ["Load", "Scenario", "bench"]
 
@@ -46,11 +47,11 @@ class Scenario:
 class Worker:
     """A model in a process of its own (speed/worker.py)."""
 
-    def __init__(self, model: str, runtime: str) -> None:
+    def __init__(self, model: str, runtime: str, serving: Serving | None = None) -> None:
         self.model = model
         command = [sys.executable, "-m", "lowbit.speed.worker"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.facts = self.ask({"load": model, "runtime": runtime})
+        self.facts = self.ask({"load": model, "runtime": runtime, "serving": asdict(serving or Serving())})
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -78,7 +79,7 @@ class Worker:
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
-            self._process.wait(timeout=10)
+            self._process.wait(timeout=30)
         except subprocess.TimeoutExpired:
             self._process.kill()
 
@@ -96,6 +97,7 @@ def bench(
     grid_repeats: int = GRID_REPEATS,
     load: Load | None = None,
     runtime: str = "auto",
+    program: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """The `bench` document of `models`, and the ratios to `against` (above 1: better than it).
@@ -104,8 +106,9 @@ def bench(
     its time per token, without `against`) is within it, or until MOST_ROUNDS times as many have run. `grid` are more
     scenarios, run `grid_repeats` times each, for a model of times at other sizes; their rows are the document's `grid`.
 
-    A model may be the URL of an OpenAI-compatible server: then `load` says how it is asked (speed/load.py), by default
-    as many clients at once as the batch size.
+    With a `runtime` of another project (llama.cpp, vllm) its server is started for every model, from `program` or from
+    PATH, and measured by its client. A model may be the URL of an OpenAI-compatible server: then `load` says how it is
+    asked (speed/load.py), by default as many clients at once as the batch size.
     """
     scenarios = [Scenario(p, o, b) for p in prompt_lengths for o in output_lengths for b in batch_sizes]
     for name, values, least in (
@@ -124,8 +127,12 @@ def bench(
     for name in names:
         open_checkpoint(name)  # refuse before anything starts
     peak = measure_bandwidth()
+    needed = [*scenarios, *grid]
+    serving = Serving(
+        max(s.prompt_length + s.output_length for s in needed), max(s.batch_size for s in needed), program
+    )
     with ExitStack() as stack:
-        workers = [stack.enter_context(Worker(name, runtime)) for name in names]
+        workers = [stack.enter_context(Worker(name, runtime, serving)) for name in names]
         runs = _alternate(workers, scenarios, repeats, seed, precision)
         rough = _alternate(workers, list(grid), grid_repeats, seed)
     results = [
