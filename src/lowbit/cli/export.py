@@ -9,11 +9,16 @@ from lowbit.cli.options import Json, Quiet, Seed, Verbose, begin, finish, megaby
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="A lowbit output, another quantized directory, or for gguf any model.")],
-    format: Annotated[str, typer.Option("--format", help="gguf, gptq, awq or modelopt.")],
+    model: Annotated[
+        str, typer.Argument(help="A lowbit output, another quantized directory; for gguf and onnx any model.")
+    ],
+    format: Annotated[str, typer.Option("--format", help="gguf, gptq, awq, modelopt or onnx.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="The file (gguf) or directory to make.")],
     type_: Annotated[
-        str | None, typer.Option("--type", metavar="q4_k_m", help="GGUF, full-precision models: what to quantize to.")
+        str | None,
+        typer.Option(
+            "--type", metavar="q4_k_m", help="Full-precision models, what to make: a GGUF type; ONNX: int8, float."
+        ),
     ] = None,
     method: Annotated[str | None, typer.Option(help="GGUF: gptq (default) or search.")] = None,
     calibration: Annotated[
@@ -30,7 +35,7 @@ def export(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write a model in another project's format: llama.cpp's GGUF, or GPTQ, AWQ and ModelOpt directories."""
+    """Write a model in another project's format: llama.cpp's GGUF, GPTQ, AWQ and ModelOpt directories, ONNX."""
     begin(quiet, verbose)
     from lowbit.exporting import Request
     from lowbit.exporting import export as run
@@ -43,6 +48,13 @@ def export(
 
 def summary(document: dict[str, Any]) -> str:
     text = f"{document['output']}: {document['format']}, {megabytes(document['bytes'])}"
+    if document["format"] == "onnx":
+        agreement = document["agreement"]
+        return (
+            f"{text}, {document['type']}, {document['linears']} low-bit products\nONNX Runtime against lowbit, "
+            f"{agreement['positions']} positions: same top {agreement['top1_agreement']:.1%}, mean difference of "
+            f"log-probabilities {agreement['mean_log_probability_difference']:.2g}"
+        )
     if document["format"] != "gguf":
         return f"{text}, {document['linears']} linears; largest weight difference {document['largest_difference']:.2g}"
     text += f", {document['type']} ({document['method']})"

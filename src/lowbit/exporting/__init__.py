@@ -12,7 +12,8 @@ from typing import Any
 from lowbit.errors import InputError, nearest
 from lowbit.exporting.directory import export_directory
 from lowbit.exporting.gguf import Request, export_gguf
-from lowbit.formats import awq, gguf_grids, gptq, modelopt
+from lowbit.exporting.onnx import export_onnx
+from lowbit.formats import awq, gguf_grids, gptq, modelopt, onnx
 from lowbit.model.checkpoint import Checkpoint, open_checkpoint
 from lowbit.model.load import open_source, skeleton
 from lowbit.scheme import Scheme
@@ -25,7 +26,9 @@ FORMATS: dict[str, Callable[[Scheme], str | None]] = {
     "gptq": gptq.supports,
     "awq": awq.supports,
     "modelopt": modelopt.supports,
+    "onnx": onnx.supports,
 }
+FULL_PRECISION = ("gguf", "onnx")  # formats that a model is also quantized to here
 
 
 def export(
@@ -39,8 +42,8 @@ def export(
 ) -> dict[str, Any]:
     """Write `model` to `output` in a format of FORMATS; returns the `export` document.
 
-    `gguf` also quantizes full-precision models, as `request` (or its words) says; the other formats carry over what
-    `lowbit quantize` made. Raises InputError for a scheme the format cannot hold, naming the formats that can.
+    `gguf` and `onnx` also quantize full-precision models, as `request` (or its words) says; the other formats carry
+    over what `lowbit quantize` made. Raises InputError for a scheme the format cannot hold, naming those that can.
     """
     if format not in FORMATS:
         raise InputError(f"unknown format {format!r}. {nearest(format, FORMATS)}")
@@ -54,6 +57,10 @@ def export(
     if format == "gguf":
         _check_file(target, force=force)
         return head | export_gguf(checkpoint, target, request)
+    if format == "onnx":
+        if replace(request, type=None) != Request():
+            raise InputError("--format onnx has no --method and no calibration: --type int8 or float says it all.")
+        return head | export_onnx(checkpoint, target, request.type, force=force)
     if request != Request():
         raise InputError(
             f"--type, --method and calibration are for --format gguf; {format} carries over what is there."
@@ -63,7 +70,7 @@ def export(
 
 def _check_scheme(checkpoint: Checkpoint, format: str) -> None:
     schemes = open_source(skeleton(checkpoint), checkpoint).schemes
-    if not schemes and format != "gguf":
+    if not schemes and format not in FULL_PRECISION:
         raise InputError(
             f"{checkpoint.name}: not quantized, so there is nothing to carry over to {format}. First: lowbit quantize "
             f"{checkpoint.name} -o OUT --scheme ...; then export OUT."
