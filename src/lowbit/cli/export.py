@@ -10,19 +10,21 @@ from lowbit.cli.options import Json, Quiet, Seed, Verbose, begin, finish, megaby
 
 def export(
     model: Annotated[
-        str, typer.Argument(help="A lowbit output, another quantized directory; for gguf and onnx any model.")
+        str, typer.Argument(help="A lowbit output, another quantized directory; for gguf, onnx and litert any model.")
     ],
-    format: Annotated[str, typer.Option("--format", help="gguf, gptq, awq, modelopt or onnx.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file (gguf) or directory to make.")],
+    format: Annotated[str, typer.Option("--format", help="gguf, gptq, awq, modelopt, onnx or litert.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file (gguf, litert) or directory to make.")],
     type_: Annotated[
         str | None,
         typer.Option(
-            "--type", metavar="q4_k_m", help="Full-precision models, what to make: a GGUF type; ONNX: int8, float."
+            "--type",
+            metavar="q4_k_m",
+            help="Full-precision models: a GGUF type; ONNX, LiteRT: int8, float.",
         ),
     ] = None,
     method: Annotated[str | None, typer.Option(help="GGUF: gptq (default) or search.")] = None,
     calibration: Annotated[
-        str | None, typer.Option(metavar="FILE|hub:NAME", help="GGUF: text to calibrate on.")
+        str | None, typer.Option(metavar="FILE|hub:NAME", help="GGUF: text to calibrate on; images: pixel_values.")
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
@@ -35,7 +37,7 @@ def export(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write a model in another project's format: llama.cpp's GGUF, GPTQ, AWQ and ModelOpt directories, ONNX."""
+    """Write a model in another project's format: llama.cpp's GGUF, GPTQ, AWQ and ModelOpt directories, ONNX, LiteRT."""
     begin(quiet, verbose)
     from lowbit.exporting import Request
     from lowbit.exporting import export as run
@@ -48,12 +50,13 @@ def export(
 
 def summary(document: dict[str, Any]) -> str:
     text = f"{document['output']}: {document['format']}, {megabytes(document['bytes'])}"
-    if document["format"] == "onnx":
+    if document["format"] in ("onnx", "litert"):
+        engine = {"onnx": "ONNX Runtime", "litert": "LiteRT"}[document["format"]]
         agreement = document["agreement"]
         return (
-            f"{text}, {document['type']}, {document['linears']} low-bit products\nONNX Runtime against lowbit, "
-            f"{agreement['positions']} positions: same top {agreement['top1_agreement']:.1%}, mean difference of "
-            f"log-probabilities {agreement['mean_log_probability_difference']:.2g}"
+            f"{text}, {document['type']}\n{engine} against lowbit, {agreement['positions']} positions: same largest "
+            f"{agreement['top1_agreement']:.1%}, mean difference of log-probabilities "
+            f"{agreement['mean_log_probability_difference']:.2g}"
         )
     if document["format"] != "gguf":
         return f"{text}, {document['linears']} linears; largest weight difference {document['largest_difference']:.2g}"

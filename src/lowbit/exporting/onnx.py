@@ -3,7 +3,7 @@
 A lowbit result is carried over, code for code (formats/onnx.py); a full-precision model is written as it is
 (`--type float`), or with every matrix, embeddings included, rounded to int8 and multiplied as int8 (`--type int8`).
 Every low-bit product is read back and compared with the weight that it stands for, and the file is run by ONNX
-Runtime against the model that it was made from.
+Runtime against the model that it was made from. Classifiers of images go another way (onnx_image.py).
 """
 
 from collections.abc import Callable
@@ -19,7 +19,10 @@ import lowbit
 from lowbit.artifact import Work, disk_errors, write_bytes, write_json
 from lowbit.errors import InputError, nearest
 from lowbit.exporting import onnx_decoder, onnx_encoder
-from lowbit.exporting.onnx_graph import DATA, MODEL, Graph, require_onnx, stored_products
+from lowbit.exporting.gguf import Request
+from lowbit.exporting.network import PIXELS, compare, open_network, sees_images
+from lowbit.exporting.onnx_graph import DATA, MODEL, Graph, require_onnx, session, stored_products
+from lowbit.exporting.onnx_image import image_graph, require_onnxscript, run_images
 from lowbit.exporting.onnx_layers import Build
 from lowbit.formats.onnx import NBits
 from lowbit.manifest import copy_small_files
@@ -31,10 +34,11 @@ TYPES = ("int8", "float")
 # Mean difference of log-probabilities beyond which a file is not what it was made from: with float activations, and
 # with rounded ones, where a float's last bit decides between two codes and the difference grows from layer to layer.
 _WORST = (0.01, 0.25)
+_ANY = float("inf")  # rounded here: the difference is reported, not judged
 
 
 @torch.no_grad()
-def export_onnx(checkpoint: Checkpoint, output: Path, type_: str | None, *, force: bool) -> dict[str, Any]:
+def export_onnx(checkpoint: Checkpoint, output: Path, request: Request, *, force: bool) -> dict[str, Any]:
     """Write `checkpoint` as the directory `output`; returns the part of the `export` document that is about ONNX.
 
     Raises InputError for a missing extra, a type or an architecture that cannot be written, before any work.
@@ -42,22 +46,25 @@ def export_onnx(checkpoint: Checkpoint, output: Path, type_: str | None, *, forc
     require_onnx()
     net = skeleton(checkpoint)
     source = open_source(net, checkpoint)
-    kind = _type(checkpoint, source, type_)
+    kind = _type(checkpoint, source, request.type)
+    if sees_images(net):
+        return _export_images(checkpoint, output, request, kind, force=force)
+    if request.calibration is not None:
+        raise InputError("--format onnx needs no calibration text: activations are rounded as they come.")
     architecture = _architecture(checkpoint, net)
     _check_embeddings(net, source)
-    work = Work(output, {"export": "onnx", "model": checkpoint.digest, "type": kind}, resume=False, force=force)
+    work = _work(checkpoint, output, kind, force=force)
     with disk_errors(work.path):
         with (work.path / DATA).open("wb") as data:
             build = Build(Graph(data), net, source, int8=kind == "int8")
             architecture(build)
         metadata = {"lowbit_version": lowbit.__version__, "lowbit_type": kind}
         write_bytes(work.path / MODEL, build.graph.serialize(net.config.model_type, metadata))
-        config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-        write_json(work.path / "config.json", config)
-        copy_small_files(checkpoint, work.path)
+        _write_small_files(checkpoint, work)
     products, lost = _prove(build, work.path)
     rounded = any(s.activation is not None for s in source.schemes.values())
-    agreement = _agreement(checkpoint, work.path, float("inf") if build.int8 else _WORST[rounded])
+    agreement = _agreement(checkpoint, work.path)
+    _check_agreement(work.path, agreement, _ANY if build.int8 else _WORST[rounded])
     work.close()
     return {
         "type": kind,
@@ -66,6 +73,33 @@ def export_onnx(checkpoint: Checkpoint, output: Path, type_: str | None, *, forc
         "largest_difference": lost,
         "agreement": agreement,
     }
+
+
+def _export_images(checkpoint: Checkpoint, output: Path, request: Request, kind: str, *, force: bool) -> dict[str, Any]:
+    require_onnxscript()
+    network = open_network(checkpoint, request)
+    work = _work(checkpoint, output, kind, force=force)
+    with disk_errors(work.path):
+        write_bytes(work.path / MODEL, image_graph(network, kind))
+        _write_small_files(checkpoint, work)
+    images = torch.cat([e[PIXELS] for e in network.examples])
+    agreement = compare(network.outputs(), run_images(work.path, images))
+    _check_agreement(work.path, agreement, _WORST[0] if kind == "float" else _ANY)
+    work.close()
+    return {"type": kind, "bytes": (output / MODEL).stat().st_size, "agreement": agreement}
+
+
+def _work(checkpoint: Checkpoint, output: Path, kind: str, *, force: bool) -> Work:
+    return Work(output, {"export": "onnx", "model": checkpoint.digest, "type": kind}, resume=False, force=force)
+
+
+def _write_small_files(checkpoint: Checkpoint, work: Work) -> None:
+    config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+    write_json(work.path / "config.json", config)
+    copy_small_files(checkpoint, work.path)
+    processor = checkpoint.path / "preprocessor_config.json"
+    if processor.is_file():
+        write_bytes(work.path / processor.name, processor.read_bytes())
 
 
 def _architecture(checkpoint: Checkpoint, net: PreTrainedModel) -> Callable[[Build], None]:
@@ -125,31 +159,22 @@ def _prove(build: Build, path: Path) -> tuple[int, float]:
     return count, largest
 
 
-def _agreement(checkpoint: Checkpoint, path: Path, worst: float) -> dict[str, Any]:
+def _agreement(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
     """ONNX Runtime's outputs against lowbit's, teacher-forced on pseudo-random tokens: of a model without a head, of
-    its hidden states. Raises InputError if the mean difference of log-probabilities exceeds `worst`."""
+    its hidden states."""
     vocabulary = int(checkpoint.text_config["vocab_size"])
     length = min(FINGERPRINT_TOKENS, (checkpoint.context_length or FINGERPRINT_TOKENS) // 2)
     tokens = torch.from_numpy(np.random.default_rng(0).integers(0, vocabulary, (1, length)))
-    here = stream_logits(checkpoint, tokens).flatten(0, -2)
-    there = torch.from_numpy(run_onnx(path, tokens)[0]).flatten(0, -2)
-    difference = float((here.log_softmax(-1) - there.log_softmax(-1)).abs().mean())
-    if not difference <= worst:
+    return compare(stream_logits(checkpoint, tokens), torch.from_numpy(run_onnx(path, tokens)[0]))
+
+
+def _check_agreement(path: Path, agreement: dict[str, Any], worst: float) -> None:
+    difference = agreement["mean_log_probability_difference"]
+    if not (np.isfinite(difference) and difference <= worst):
         raise InputError(
             f"{path}: ONNX Runtime computes something else from the file than lowbit from the model (mean difference "
             f"of log-probabilities {difference:.3g}). Please report it with the model's config.json."
         )
-    same = float((here.argmax(-1) == there.argmax(-1)).float().mean())
-    return {"positions": len(here), "top1_agreement": same, "mean_log_probability_difference": difference}
-
-
-def session(path: Path) -> Any:
-    """ONNX Runtime's session of a directory that `export_onnx` made, on this CPU with torch's number of threads."""
-    _, onnxruntime = require_onnx()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path / MODEL), options, providers=["CPUExecutionProvider"])
 
 
 def run_onnx(path: Path, tokens: Tensor) -> list[Any]:

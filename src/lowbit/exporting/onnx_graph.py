@@ -33,6 +33,15 @@ def require_onnx() -> tuple[Any, Any]:
     return onnx, onnxruntime
 
 
+def session(path: Path) -> Any:
+    """ONNX Runtime's session of a directory that `lowbit export` made, on this CPU with torch's number of threads."""
+    _, onnxruntime = require_onnx()
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(path / MODEL), options, providers=["CPUExecutionProvider"])
+
+
 class Graph:
     """A graph under construction, whose weights go to `data`."""
 

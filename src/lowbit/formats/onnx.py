@@ -106,4 +106,5 @@ def _pack(codes: Tensor, bits: int) -> Tensor:
 def _unpack(packed: Tensor, bits: int) -> Tensor:
     """uint8 (rows, n) -> codes (rows, n 8 / bits), as stored."""
     parts = packed.to(torch.int16)[..., None] >> (bits * torch.arange(8 // bits, dtype=torch.int16))
-    return (parts & (2**bits - 1)).reshape(len(packed), -1)
+    codes: Tensor = (parts & (2**bits - 1)).reshape(len(packed), -1)
+    return codes
