@@ -15,7 +15,8 @@ from lowbit.exporting.directory import export_directory
 from lowbit.exporting.gguf import Request, export_gguf
 from lowbit.exporting.litert import export_litert
 from lowbit.exporting.onnx import export_onnx
-from lowbit.formats import awq, gguf_grids, gptq, modelopt, onnx
+from lowbit.formats import awq, gguf_grids, gptq, modelopt
+from lowbit.formats import onnx as onnx_format
 from lowbit.model.checkpoint import Checkpoint, open_checkpoint
 from lowbit.model.load import open_source, skeleton
 from lowbit.scheme import Scheme
@@ -28,7 +29,7 @@ FORMATS: dict[str, Callable[[Scheme], str | None]] = {
     "gptq": gptq.supports,
     "awq": awq.supports,
     "modelopt": modelopt.supports,
-    "onnx": onnx.supports,
+    "onnx": onnx_format.supports,
     "litert": litert.supports,
 }
 FULL_PRECISION = ("gguf", "onnx", "litert")  # formats that a model is also quantized to here
@@ -46,7 +47,8 @@ def export(
     """Write `model` to `output` in a format of FORMATS; returns the `export` document.
 
     `gguf`, `onnx` and `litert` also quantize full-precision models, as `request` (or its words) says; the other
-    formats carry over what `lowbit quantize` made. Raises InputError for a scheme the format cannot hold, naming those that can.
+    formats carry over what `lowbit quantize` made. Raises InputError for a scheme the format cannot hold, naming those
+    that can.
     """
     if format not in FORMATS:
         raise InputError(f"unknown format {format!r}. {nearest(format, FORMATS)}")
