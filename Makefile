@@ -8,7 +8,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check sanitize interop install install-dev clean
+.PHONY: demo test check sanitize interop interop-onnx interop-litert install install-dev clean
 
 demo: install
 	$(BIN)/lowbit tune demo --output demo-output --force
@@ -60,6 +60,19 @@ $(READERS)/vllm/.ready:
 	$(READERS)/vllm/bin/python -m pip install --quiet '$(VLLM)' greenlet scipy
 	$(READERS)/vllm/bin/python -m pip install --quiet --no-deps .
 	touch $@
+
+# Exports for phones, run by their own engines, each in a virtual environment of its own (docs/interop-onnx.md).
+interop-onnx:
+	$(PYTHON) -m venv build/interop-onnx
+	build/interop-onnx/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,onnx]' onnxscript==0.7.2
+	build/interop-onnx/bin/python -m pytest tests/exporting/test_onnx.py tests/exporting/test_phones.py
+
+# litert-torch wants older versions of what constraints.txt names, so these are not used.
+interop-litert:
+	$(PYTHON) -m venv build/interop-litert
+	build/interop-litert/bin/python -m pip install --quiet --disable-pip-version-check pytest torch==2.13.0 \
+	    litert-torch==0.10.0 ai-edge-quantizer==0.10.0 ai-edge-litert==2.3.0 -e '.[litert]'
+	build/interop-litert/bin/python -m pytest tests/exporting/test_phones.py
 
 install: $(VENV)/.installed
 
