@@ -34,7 +34,7 @@ class SignRoundSettings(GPTQSettings):
     the border of its cell a latent may start."""
 
     scope: str = "block"
-    iterations: int = 200
+    iterations: int = 100
     batch_size: int = 8
     rate: float = 1.0
     scale_rate: float = 0.2
