@@ -23,6 +23,7 @@ from lowbit.recipe import Recipe
 from lowbit.scheme import TensorScheme
 
 SMALL = 2e12  # multiplications of the forward passes below which a job is over before it is worth a forecast
+_LEARNING_PASSES = 4  # forward, backward by inputs and by weights, and the original's forward
 _SLICE = (128, 1024)  # rows, columns of the weight that is rounded to see how long it takes
 
 
@@ -73,7 +74,17 @@ def _seconds(model: nn.Module, plan: Plan, recipe: Recipe, tokens: int, *, fruga
         hessian = _time(lambda: h @ h.T) / (256 * 1024 * 1024)
         passes = 2 + (4 if frugal else 0)  # discovering the groups is one batch only; then a pass, or one a group
         seconds += tokens * (passes * weights * forward + squares * hessian)
+        seconds += _learned_tokens(recipe) * _LEARNING_PASSES * weights * forward
     return seconds
+
+
+def _learned_tokens(recipe: Recipe) -> int:
+    """How many tokens pass each linear while its rounding is learned."""
+    composition = parse_method(recipe.method)
+    if not METHODS[composition.rounding].learns:
+        return 0
+    settings = settings_of(composition, dict(recipe.set))[composition.rounding]
+    return int(settings.iterations * settings.batch_size * recipe.seq_len)
 
 
 def _rounding_seconds(shape: torch.Size, grid: TensorScheme, recipe: Recipe) -> float:

@@ -49,13 +49,13 @@ def learn_block(
     index: int,
     entries: list[Entry],
     targets: list[Tensor],
-    weights: Mapping[str, Tensor],
+    resting: Mapping[str, Tensor],
     start: Mapping[str, QuantizedTensor],
     grids: Mapping[str, InputGrid],
     settings: SignRoundSettings,
 ) -> Learned:
     """Learn the rounding of a block's linears. `targets` has the original's hidden states after the block for every
-    entry; `weights` are what `start` was rounded from; all by the linears' names in the block."""
+    entry, `resting` where the latents of `start` begin; all by the linears' names in the block."""
     twin = float32_copy(block, {})
 
     def loss(changed: Mapping[str, Tensor], i: int) -> Tensor:
@@ -67,20 +67,21 @@ def learn_block(
     train = [i for i, e in enumerate(entries) if not e.held_out]
     held_out = [i for i, e in enumerate(entries) if e.held_out] or train
     per_step = max(settings.batch_size // max(len(entries[0].hidden), 1), 1)
-    return _learn(loss, train, held_out, per_step, weights, start, settings)
+    return _learn(loss, train, held_out, per_step, resting, start, settings)
 
 
 def learn_model(
     net: Any,
     batches: list[Tensor],
     held_out: list[int],
-    weights: Mapping[str, Tensor],
+    resting: Mapping[str, Tensor],
     start: Mapping[str, QuantizedTensor],
     grids: Mapping[str, InputGrid],
     settings: SignRoundSettings,
 ) -> Learned:
-    """Learn the rounding of all linears at once. `net` is the float32 model with the weights that are to be rounded;
-    `batches` are token ids (batch, tokens), of which those in `held_out` only judge."""
+    """Learn the rounding of all linears at once. `net` is the float32 model with the weights that are to be rounded,
+    `resting` where the latents of `start` begin; `batches` are token ids (batch, tokens), of which those in `held_out`
+    only judge."""
 
     def loss(changed: Mapping[str, Tensor], i: int) -> Tensor:
         words = {"input_ids": batches[i], "use_cache": False}
@@ -93,7 +94,7 @@ def learn_model(
 
     train = [i for i in range(len(batches)) if i not in held_out]
     per_step = max(settings.batch_size // BATCH, 1)
-    return _learn(loss, train, held_out or train, per_step, weights, start, settings)
+    return _learn(loss, train, held_out or train, per_step, resting, start, settings)
 
 
 def _learn(
@@ -101,7 +102,7 @@ def _learn(
     train: list[int],
     held_out: list[int],
     per_step: int,
-    weights: Mapping[str, Tensor],
+    resting: Mapping[str, Tensor],
     start: Mapping[str, QuantizedTensor],
     settings: SignRoundSettings,
 ) -> Learned:
@@ -110,7 +111,7 @@ def _learn(
         with torch.no_grad():
             return sum(float(loss(values, i)) for i in held_out) / len(held_out)
 
-    latents = {name: Latent(weights[name], q, settings.margin) for name, q in start.items()}
+    latents = {name: Latent(resting[name], q, settings.margin) for name, q in start.items()}
     before = judge()
     learn(latents, lambda changed, i: loss(changed, train[i]), len(train), per_step, settings)
     return Learned({name: latent.tensor() for name, latent in latents.items()}, before, judge())

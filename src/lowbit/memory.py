@@ -19,7 +19,8 @@ from dataclasses import dataclass
 import psutil
 from torch import nn
 
-from lowbit.algorithms.compose import parse_method
+from lowbit.algorithms import METHODS
+from lowbit.algorithms.compose import parse_method, settings_of
 from lowbit.console import note
 from lowbit.errors import InputError
 from lowbit.model.load import compute_dtype
@@ -63,15 +64,21 @@ def estimate_memory(model: nn.Module, blocks: Blocks, recipe: Recipe, threads: i
     inner = max(width for _, width in shapes)
     calibrates = parse_method(recipe.method).needs_calibration or recipe.calibration is not None
     tokens = recipe.samples * recipe.seq_len if calibrates else 0
+    composition = parse_method(recipe.method)
+    settings = settings_of(composition, dict(recipe.set))[composition.rounding]
+    learns = settings.scope if METHODS[composition.rounding].learns else None
     # one group: its rows stacked, min-max result, searched result, error; its statistics, train and held out
     rounding = max(rows * width for rows, width in shapes) * _COPIES * 4
     hessians = inner * inner * 4 * (2 * threads + _SQUARES) if calibrates else 0
     passing = threads * BATCH * recipe.seq_len * 4 * inner * size if calibrates else 0
+    graphs = passing * _GRAPH * len(blocks.names)
+    whole = sum(parameters.values()) * _LEARNING * 4 + graphs if learns == "model" else 0
+    taught = largest * _LEARNING * 4 + passing * _GRAPH if learns == "block" else 0
     return Memory(
         base=psutil.Process().memory_info().rss,
         outside=(outside + largest) * size + tokens * hidden * size,
-        block=largest * size + rounding + hessians + passing,
-        proof=(outside + largest) * 4,
+        block=largest * size + max(rounding + hessians + passing, taught),
+        proof=max((outside + largest) * 4, whole),
         activations=tokens * size * (2 * hidden + inner),
     )
 
@@ -88,6 +95,8 @@ def give_back(*, thoroughly: bool) -> None:
 
 _COPIES = 6
 _SQUARES = 8
+_LEARNING = 6  # weights, latents, values, gradients, the start, the step
+_GRAPH = 4  # what a backward pass needs of a block's forward pass, in what one batch holds while it passes
 
 
 def choose_frugal(memory: Memory, limit: int | None) -> bool:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from lowbit.activations import UNKNOWN_SCALE, static_scale
 from lowbit.algorithms import METHODS
 from lowbit.algorithms.compose import parse_method, settings_of
+from lowbit.algorithms.signround import resting_point
 from lowbit.artifact import MANIFEST, Work, check_output, check_same, clean, disk_errors, read_manifest, replaces
 from lowbit.calibration import Calibration, load_calibration
 from lowbit.console import note, track
@@ -54,7 +55,7 @@ from lowbit.repair import repair
 from lowbit.rounding import Rounded, Statistics, Units, block_line, replaced, round_linears, round_plain
 from lowbit.scheme import Scheme
 from lowbit.shards import Later, read_tensor
-from lowbit.tensor import InputGrid
+from lowbit.tensor import InputGrid, QuantizedTensor
 
 HELD_OUT = 16  # one batch in this many checks the method instead of feeding it
 
@@ -298,10 +299,10 @@ class _Job:
         hidden states that it then makes."""
         name = self.blocks.names[index]
         learning = {n: r for n, r in rounded.items() if f"{name}.{n}" in self.seen}
-        weights = {n: self.stored(f"{name}.{n}.weight") for n in learning}
         start = {n: r.quantized for n, r in learning.items()}
+        resting = {n: self._resting(f"{name}.{n}", self.stored(f"{name}.{n}.weight"), q) for n, q in start.items()}
         targets = [e.hidden for e in original.entries]
-        learned = learn_block(block, index, entries, targets, weights, start, grids, self._settings())
+        learned = learn_block(block, index, entries, targets, resting, start, grids, self._settings())
         say(name, learned)
         result = dict(rounded) | {n: self._learned(f"{name}.{n}", r, learned, n) for n, r in learning.items()}
         for n in learning:
@@ -321,12 +322,12 @@ class _Job:
             for tensor, value in equalized.tensors.items():
                 net.get_parameter(tensor).data = value.float()
             found |= {f"{name}.{n}": r for n, r in rounded.items()}
-        weights = {n: net.get_parameter(f"{n}.weight").data for n in self.seen}
         schemes = {n: self.plan.schemes[n].activation for n in self.seen}
         grids = {n: InputGrid(a, found[n].input_scale) for n, a in schemes.items() if a is not None}
         batches, judges = list(calibration.tokens.split(BATCH)), [i for i, held in enumerate(held_out) if held]
         start = {n: found[n].quantized for n in self.seen}
-        learned = learn_model(net, batches, judges, weights, start, grids, self._settings())
+        resting = {n: self._resting(n, net.get_parameter(f"{n}.weight").data, q) for n, q in start.items()}
+        learned = learn_model(net, batches, judges, resting, start, grids, self._settings())
         say("all blocks", learned)
         release(net)
         layers = []
@@ -336,6 +337,9 @@ class _Job:
             stored = [t for t in self.source.checkpoint.tensors if t.startswith(name + ".")]
             layers += self._write(shard_name(index, len(names)), stored, final)
         return layers
+
+    def _resting(self, full: str, weight: Tensor, start: QuantizedTensor) -> Tensor:
+        return resting_point(weight, start, self.seen[full].train.mean())
 
     def _learned(self, full: str, first: Rounded, learned: Learned, key: str) -> Rounded:
         """The linear's result after learning, with its report."""

@@ -9,9 +9,12 @@ codes before rounding, and scales s of the grid's levels g,
 
 (Cheng et al. 2023, "Optimize Weight Rounding via Signed Gradient Descent", section 3; the straight-through gradient is
 Bengio et al. 2013). With η = 1/iterations a latent moves half a code at most, over all steps: it can change its mind
-once and not wander off. What differs from the paper: the start is GPTQ's result instead of round-to-nearest, with every
-latent inside the cell of its code, as near to the weight as `margin` allows; and scales move themselves instead of two
-factors on a clip range.
+once and not wander off. What differs from the paper: the start is GPTQ's result instead of round-to-nearest, and scales
+move themselves instead of two factors on a clip range.
+
+GPTQ's codes are not the nearest to the weights, so w/s is no latent for them. A latent begins where weight i would go
+if all others stayed rounded as they are,  t_i = ŵ_i + [(W - Ŵ) H]_i / H_ii : its distance to the border of the cell
+says what another code would cost, so that codes which hardly matter change first.
 """
 
 from collections.abc import Callable, Mapping
@@ -20,7 +23,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lowbit.algorithms.gptq import GPTQSettings
+from lowbit.algorithms.gptq import GPTQSettings, alive
 from lowbit.errors import InputError
 from lowbit.numerics import fixed_table, grid_value, storable
 from lowbit.tensor import QuantizedTensor
@@ -52,8 +55,9 @@ class SignRoundSettings(GPTQSettings):
 class Latent:
     """One weight (out, in) as something that a gradient can move: u and s, float32."""
 
-    def __init__(self, weight: Tensor, start: QuantizedTensor, margin: float) -> None:
-        """`weight` is what was rounded; `start` a result of GPTQ's on a grid of integers or table entries."""
+    def __init__(self, target: Tensor, start: QuantizedTensor, margin: float) -> None:
+        """`start` is a result of GPTQ's on a grid of integers or table entries; `target` (out, in) where each latent
+        begins (`resting_point`), brought into the cell of its code where it is not."""
         scheme = start.scheme
         assert scheme.kind in KINDS, scheme
         self.start = start
@@ -61,12 +65,13 @@ class Latent:
         self.table = table
         self.lowest = scheme.qmin if table is None else 0.0
         self.highest = scheme.qmax if table is None else table.shape[-1] - 1.0
-        self.gap = 1.0 if table is None else (table[..., -1:] - table[..., :1]) / self.highest  # mean step of levels
         self.tile = start.shape[0] // start.scale.shape[0], start.shape[1] // start.scale.shape[1]
         self.scale = start.scale.float().clone()
         self.zero = None if start.zero_point is None else self._spread(start.zero_point.float())
         codes = start.codes.float()
-        position = (weight.float() / self._spread(self.scale) - self._level(codes)) / self.gap
+        above, below = (codes + 1).clamp(max=self.highest), (codes - 1).clamp(min=self.lowest)
+        gap = (self._level(above) - self._level(below)) / (above - below)  # between levels, around each code
+        position = (target.float() / self._spread(self.scale) - self._level(codes)) / gap.clamp(min=1e-9)
         self.u = codes + position.clamp(margin - 0.5, 0.5 - margin)
 
     def _spread(self, scale: Tensor) -> Tensor:
@@ -97,6 +102,12 @@ class Latent:
 
     def tensor(self) -> QuantizedTensor:
         return replace(self.start, codes=self._codes().to(self.start.codes.dtype), scale=self._stored_scale())
+
+
+def resting_point(weight: Tensor, start: QuantizedTensor, hessian: Tensor) -> Tensor:
+    """(out, in) t: where each weight alone would be best, the others being as `start` has them."""
+    W_hat, H = start.dequantize(), alive(hessian)
+    return W_hat + (weight.float() - W_hat) @ H / H.diagonal()
 
 
 KINDS = ("int", "midrise", "nf", "learned")  # grids of codes in order, with scales that may take any value
