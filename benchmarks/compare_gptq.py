@@ -45,14 +45,15 @@ def last_json(command: list[str]) -> dict[str, Any]:
     return row
 
 
-def lowbit_windows(model: str) -> dict[str, np.ndarray]:
-    """Per-window results of a lowbit output as the peers' scripts compute theirs: float32, windows of 512."""
+def lowbit_windows(model: str, original: str = "demo") -> dict[str, np.ndarray]:
+    """Per-window results of a lowbit output as the peers' scripts compute theirs: float32, windows of 512 of the demo's
+    evaluation text."""
     from lowbit.accuracy.measure import cut_windows, measure
     from lowbit.calibration import read_text, tokenize
     from lowbit.model.checkpoint import DEMO
     from lowbit.runtime.engine import load
 
-    reference, engine = load("demo", "float32"), load(model, "float32")
+    reference, engine = load(original, "float32"), load(model, "float32")
     text = DEMO / "evaluation.txt"
     windows = cut_windows(tokenize(read_text(text), reference.tokenizer), 512, str(text))
     _, scores = measure(reference.logits, [engine.logits], windows, reference.vocab_size)

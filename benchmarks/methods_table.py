@@ -1,14 +1,19 @@
-"""Every method by every kind of scheme on the demo model: KL, perplexity, bits per weight, seconds, peak memory.
+"""Every method by every kind of scheme: KL, perplexity, bits per weight, seconds, peak memory, beside the peers'.
 
-    python benchmarks/methods_table.py [--only w4a16:gptq] [--model demo]
+    python benchmarks/methods_table.py [--outlier DIRECTORY] [--only demo:w4a16:gptq] [--again]
 
 Each is quantized in a process of its own with the defaults (128 x 512 calibration tokens of the demo's text) and
 evaluated on the demo's evaluation text in windows of 512: weights dequantized, float32, activations as the scheme says,
-so that it is the method that is measured and not a kernel. Results go to results/methods.json, the table between the
-markers of docs/methods.md.
+so that it is the method that is measured and not a kernel. --outlier is a directory with the demo model's function and
+large activations in a few channels; without it its rows are left as they are.
+
+A row goes to results/methods.json as soon as it is measured, and the table between the markers of docs/methods.md is
+made anew. Rows that are there already are skipped, so an interrupted run goes on where it was; --again measures them
+again, --render only makes the table.
 """
 
 import argparse
+import fnmatch
 import json
 import subprocess
 import sys
@@ -22,92 +27,174 @@ from lowbit.environment import environment
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, DOCS = ROOT / "benchmarks" / "results" / "methods.json", ROOT / "docs" / "methods.md"
 BEGIN, END = "<!-- methods: begin -->\n", "<!-- methods: end -->\n"
-# scheme, method, settings
-CASES = [
-    ("w8a8", "rtn", ""), ("w8a8", "smoothquant+gptq", ""), ("fp8", "rtn", ""), ("fp8", "gptq", ""),
-    ("w4a16", "rtn", ""), ("w4a16", "gptq", ""), ("w4a16", "awq", ""), ("w4a16", "awq+gptq", ""),
-    ("w4a16", "gptq", "follow_original=true"), ("w4a16", "hadamard+gptq", ""),
-    ("any4", "gptq", ""), ("nf4", "gptq", ""), ("nvfp4", "gptq", ""), ("mxfp4", "gptq", ""),
-    ("w3a16", "gptq", ""), ("w3a16", "gptq", "follow_original=true"), ("e8p3", "quip", ""),
-    ("w2a16", "gptq", ""), ("w2a16-midrise", "gptq", "follow_original=true"), ("e8p2", "quip", ""),
-]  # fmt: skip
-PEERS = [  # as benchmarks/peers measures them: what, perplexity, KL
-    ("llm-compressor GPTQ w4", "12.902", "0.00411"), ("GPTQModel w4", "12.911", "0.00458"),
-    ("AutoRound w4", "12.901", "0.00361"), ("llm-compressor AWQ w4 (asymmetric)", "12.986", "0.00940"),
-    ("llm-compressor GPTQ w3", "13.146", "0.01963"), ("AutoRound w3", "13.047", "0.01383"),
-    ("llm-compressor GPTQ w2", "14.703", "0.12561"), ("AutoRound w2", "13.771", "0.06493"),
-    ("llm-compressor W8A8 SmoothQuant+GPTQ", "12.861", "0.00040"), ("llm-compressor FP8 dynamic", "12.881", "0.00209"),
-]  # fmt: skip
+DEMO, OUTLIER = "demo", "outlier"
+FOLLOW = "follow_original=true"
+# model -> scheme -> (method, settings)
+CASES: dict[str, dict[str, list[tuple[str, str]]]] = {
+    DEMO: {
+        "w8a8": [("rtn", ""), ("gptq", ""), ("smoothquant", ""), ("smoothquant+gptq", "")],
+        "w8a8-static": [("smoothquant+gptq", "")],
+        "fp8": [("rtn", ""), ("gptq", ""), ("smoothquant+gptq", "")],
+        "fp8-block": [("gptq", "")],
+        "fp8-static": [("gptq", "")],
+        "w4a8": [("awq+gptq", "")],
+        "w4afp8": [("awq+gptq", "")],
+        "w4a16": [
+            ("rtn", ""), ("awq", ""), ("gptq", ""), ("gptq", FOLLOW), ("awq+gptq", ""), ("hadamard+gptq", ""),
+            ("quip", ""), ("signround", ""), ("awq+signround", ""), ("signround", "scope=model"),
+        ],
+        "w4a16-asym": [("awq", ""), ("gptq", "")],
+        "any4": [("rtn", ""), ("any4", ""), ("gptq", ""), ("signround", "scope=model")],
+        "nf4": [("rtn", ""), ("gptq", "")],
+        "nvfp4": [("rtn", ""), ("gptq", "")],
+        "mxfp4": [("rtn", ""), ("gptq", "")],
+        "e8p4": [("quip", "")],
+        "w3a16": [
+            ("rtn", ""), ("awq", ""), ("gptq", ""), ("gptq", FOLLOW), ("awq+gptq", ""), ("hadamard+gptq", ""),
+            ("quip", ""), ("signround", ""), ("signround", "scope=model"),
+        ],
+        "any3": [("any4", ""), ("gptq", "")],
+        "e8p3": [("quip", "")],
+        "w2a16": [("gptq", ""), ("gptq", FOLLOW), ("quip", "")],
+        "w2a16-midrise": [
+            ("gptq", ""), ("gptq", f"{FOLLOW},sweeps=6"), ("signround", ""), ("signround", "scope=model"),
+        ],
+        "any2": [("any4", ""), ("gptq", "")],
+        "e8p2": [("quip", "")],
+    },
+    OUTLIER: {
+        "w8a8": [("rtn", ""), ("smoothquant", ""), ("smoothquant+gptq", "")],
+        "fp8": [("rtn", "")],
+        "w4a16": [("rtn", ""), ("gptq", ""), ("awq", ""), ("awq+gptq", ""), ("signround", "scope=model")],
+    },
+}  # fmt: skip
+# as benchmarks/peers measures them: model -> what, bits per weight, perplexity, KL
+PEERS = {
+    DEMO: [
+        ("llm-compressor SmoothQuant+GPTQ W8A8", "8.052", "12.861", "0.00040"),
+        ("llm-compressor FP8 dynamic", "8.052", "12.881", "0.00209"),
+        ("AutoRound w4, 200 iterations", "4.125", "12.901", "0.00361"),
+        ("llm-compressor GPTQ w4", "4.125", "12.902", "0.00411"),
+        ("GPTQModel GPTQ w4", "4.125", "12.911", "0.00458"),
+        ("llm-compressor AWQ w4, zero points", "4.156", "12.986", "0.00940"),
+        ("AutoRound w3", "3.125", "13.047", "0.01383"),
+        ("llm-compressor GPTQ w3", "3.125", "13.146", "0.01963"),
+        ("GPTQModel GPTQ w3", "3.125", "13.150", "0.02115"),
+        ("AutoRound w2", "2.125", "13.771", "0.06493"),
+        ("llm-compressor GPTQ w2", "2.125", "14.703", "0.12561"),
+    ],
+    OUTLIER: [
+        ("llm-compressor SmoothQuant+GPTQ W8A8", "8.052", "13.144", "0.01982"),
+        ("llm-compressor RTN W8A8", "8.052", "14.854", "0.14044"),
+        ("llm-compressor FP8 dynamic", "8.052", "12.886", "0.00223"),
+        ("llm-compressor AWQ w4, zero points", "4.156", "12.989", "0.00942"),
+        ("llm-compressor GPTQ w4", "4.125", "12.986", "0.01024"),
+    ],
+}
 _RUN = """
 import json, sys
 import lowbit
-scheme, method, settings, model, out = sys.argv[1:]
+scheme, method, settings, model, out, calibration, evaluation = sys.argv[1:]
 words = dict(pair.split("=") for pair in settings.split(",") if pair)
-d = lowbit.quantize(model, out, scheme=scheme, method=method, set=tuple(words.items()), calibration=None)
-e = lowbit.evaluate([out], against=model, seq_len=512, runtime="float32")["results"][0]
+d = lowbit.quantize(model, out, scheme=scheme, method=method, set=tuple(words.items()), calibration=calibration)
+e = lowbit.evaluate([out], evaluation, against=model, seq_len=512, runtime="float32")["results"][0]
 print(json.dumps({"bits_per_weight": d["bits_per_weight"], "seconds": d["seconds"], "peak_memory_bytes":
                   d["peak_memory_bytes"], "perplexity": e["perplexity"], "kl": e["kl"],
                   "fallbacks": sum(r["fallback"] is not None for r in d["layers"])}))
 """
+Case = tuple[str, str, str, str]  # model, scheme, method, settings
 
 
-def measure(scheme: str, method: str, settings: str, model: str) -> dict[str, Any]:
-    """One row."""
+def every_case() -> list[Case]:
+    return [
+        (m, s, method, kind) for m, schemes in CASES.items() for s, rows in schemes.items() for method, kind in rows
+    ]
+
+
+def measure(case: Case, path: str) -> dict[str, Any]:
+    """One row; `path` is where the case's model is."""
+    model, scheme, method, settings = case
+    texts = [str(ROOT / "src" / "lowbit" / "demo" / f"{name}.txt") for name in ("calibration", "evaluation")]
     with tempfile.TemporaryDirectory() as place:
-        command = [sys.executable, "-c", _RUN, scheme, method, settings, model, str(Path(place) / "q")]
+        out = str(Path(place) / "q")
+        command = [sys.executable, "-c", _RUN, scheme, method, settings, path, out, *texts]
         run = subprocess.run(command, capture_output=True, text=True, check=False)
+    row = {"model": model, "scheme": scheme, "method": method, "set": settings}
     if run.returncode:
-        return {"scheme": scheme, "method": method, "set": settings, "error": run.stderr.strip().splitlines()[-1]}
-    return {"scheme": scheme, "method": method, "set": settings} | json.loads(run.stdout.strip().splitlines()[-1])
+        return row | {"error": run.stderr.strip().splitlines()[-1]}
+    return row | json.loads(run.stdout.strip().splitlines()[-1])
+
+
+def key(row: dict[str, Any]) -> Case:
+    return row["model"], row["scheme"], row["method"], row["set"]
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """The Markdown table of results.json's rows."""
-    lines = [
-        "| scheme | method | bits per weight | perplexity | KL | seconds | peak memory |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        how = f"`{r['method']}`" + (f" `--set {r['set']}`" if r["set"] else "")
-        kl = f"{r['kl']['mean']:.5f} ± {r['kl']['stderr']:.5f}"
-        memory = f"{r['peak_memory_bytes'] / 1e9:.2f} GB"
-        lines.append(
-            f"| `{r['scheme']}` | {how} | {r['bits_per_weight']:.3f} | {r['perplexity']:.3f} | {kl} "
-            f"| {r['seconds']:.0f} | {memory} |"
-        )
-    lines += ["", "| peer | perplexity | KL |", "|---|---|---|"]
-    lines += [f"| {name} | {perplexity} | {kl} |" for name, perplexity, kl in PEERS]
-    return "\n".join(lines) + "\n"
+    """The Markdown tables of results/methods.json's rows, one a model, each with its peers' rows below."""
+    lines = []
+    for model, name in ((DEMO, "The demo model"), (OUTLIER, "The same function with activation outliers")):
+        lines += [
+            f"**{name}**", "",
+            "| scheme | method | bits per weight | perplexity | KL | seconds | peak memory |",
+            "|---|---|---|---|---|---|---|",
+        ]  # fmt: skip
+        lines += [_line(r) for r in rows if r["model"] == model]
+        lines += [f"| peer | {what} | {bits} | {ppl} | {kl} | | |" for what, bits, ppl, kl in PEERS[model]]
+        lines.append("")
+    return "\n".join(lines)
 
 
-def write_docs(rows: list[dict[str, Any]]) -> None:
-    text = DOCS.read_text()
-    before, rest = text.split(BEGIN)
-    DOCS.write_text(before + BEGIN + table(rows) + END + rest.split(END)[1])
+def _line(r: dict[str, Any]) -> str:
+    how = f"`{r['method']}`" + (f" `--set {' --set '.join(r['set'].split(','))}`" if r["set"] else "")
+    kl = f"{r['kl']['mean']:.5f} ± {r['kl']['stderr']:.5f}"
+    seconds = "" if r["seconds"] is None else f"{r['seconds']:.0f}"
+    return (
+        f"| `{r['scheme']}` | {how} | {r['bits_per_weight']:.3f} | {r['perplexity']:.3f} | {kl} | {seconds} "
+        f"| {r['peak_memory_bytes'] / 1e9:.2f} GB |"
+    )
+
+
+def read_rows() -> list[dict[str, Any]]:
+    """The rows measured so far, in the order of CASES."""
+    stored = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
+    rows = {key(r): r for r in stored}
+    return [rows[case] for case in every_case() if case in rows]
+
+
+def write(rows: list[dict[str, Any]]) -> None:
+    document = {"date": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment(), "rows": rows}
+    RESULTS.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def render() -> None:
+    before, rest = DOCS.read_text().split(BEGIN)
+    DOCS.write_text(before + BEGIN + table(read_rows()) + END + rest.split(END)[1])
 
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", default="demo")
-    p.add_argument("--only", help="SCHEME:METHOD; the other rows stay as they are")
+    p.add_argument("--outlier", help="directory of the model with activation outliers")
+    p.add_argument("--only", default="*", help="glob of MODEL:SCHEME:METHOD:SETTINGS or of any beginning of it")
+    p.add_argument("--again", action="store_true", help="measure rows that are there already")
+    p.add_argument("--untimed", action="store_true", help="leave the seconds out: the machine is busy")
+    p.add_argument("--render", action="store_true", help="measure nothing, write the table")
     a = p.parse_args()
-    old = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
-    rows = {(r["scheme"], r["method"], r["set"]): r for r in old}
+    paths = {DEMO: "demo"} | ({OUTLIER: a.outlier} if a.outlier else {})
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    for case in CASES:
-        if a.only in (None, f"{case[0]}:{case[1]}"):
-            row = measure(*case, a.model)
-            print(json.dumps(row), file=sys.stderr, flush=True)
-            if "error" not in row:
-                rows[case] = row | {"commit": commit.stdout.strip()}
-            ordered = [rows[c] for c in CASES if c in rows]
-            document = {
-                "date": datetime.now(UTC).isoformat(timespec="seconds"),
-                "environment": environment(),
-                "rows": ordered,
-            }
-            RESULTS.write_text(json.dumps(document, indent=1) + "\n")
-    write_docs([rows[c] for c in CASES if c in rows])
+    for case in [] if a.render else every_case():
+        there = case in {key(r) for r in read_rows()}
+        wanted = fnmatch.fnmatchcase(":".join(case), a.only + "*")
+        if case[0] not in paths or not wanted or (there and not a.again):
+            continue
+        row = measure(case, paths[case[0]])
+        if a.untimed:
+            row["seconds"] = None
+        print(json.dumps(row), file=sys.stderr, flush=True)
+        if "error" not in row:
+            write([r for r in read_rows() if key(r) != case] + [row | {"commit": commit.stdout.strip()}])
+            write(read_rows())  # in the order of CASES
+            render()
+    render()
 
 
 if __name__ == "__main__":

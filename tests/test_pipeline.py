@@ -435,12 +435,20 @@ def test_resume_with_activations_rounded(run: Run, tmp_path: Path, monkeypatch: 
     assert model_bytes(tmp_path / "out") == model_bytes(tmp_path / "whole")
 
 
-@pytest.mark.parametrize(("scheme", "method"), [("e8p2", "quip"), ("any4-g32", "gptq")])
+@pytest.mark.parametrize(
+    ("scheme", "method", "settings"),
+    [
+        ("e8p2", "quip", {"follow_original": "true"}),
+        ("any4-g32", "gptq", {"follow_original": "true"}),
+        ("w3a16-g32", "signround", {"iterations": "5"}),
+        ("w3a16-g32", "awq+signround", {"iterations": "5", "scope": "model"}),
+    ],
+)
 def test_resume_beside_the_original(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, method: str
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scheme: str, method: str, settings: dict[str, str]
 ) -> None:
     """The original's batches must pass a finished block again too, with the original's weights."""
-    words: dict[str, Any] = {"scheme": scheme, "method": method, "set": (("follow_original", "true"),)}
+    words: dict[str, Any] = {"scheme": scheme, "method": method, "set": tuple(settings.items())}
     run(tmp_path / "whole", **words)
     with monkeypatch.context() as patch:
         interrupt(patch, "write_report", 0, after=True)

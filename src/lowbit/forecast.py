@@ -38,6 +38,7 @@ _WIDTHS = (512, 1024)  # of the slices that are rounded to see how long it takes
 _HEIGHTS = (128, 1024)
 _VALUES = 40  # single-value operations on each activation in a block: norms, softmax, rotary, gates, conversions
 _HANDLING = 60  # the same for each weight
+_LEARNING_PASSES = 4  # forward, backward by inputs and by weights, and the original's forward
 
 
 def forecast(
@@ -97,6 +98,7 @@ def _seconds(
             passes = 1 + (len(inputs_of(block)) if frugal else 0)
             values = sum(m.in_features + m.out_features for m in linears(block).values()) * _VALUES
             seconds += passes * tokens * (weights * share * rates.forward + values * rates.value) / threads
+            seconds += _learned_tokens(recipe) * _LEARNING_PASSES * weights * rates.forward / threads
         seconds += weights * _HANDLING * rates.value
     everything = sum(p.numel() for p in model.parameters())
     return seconds + everything * _HANDLING * rates.value / 2
@@ -109,6 +111,15 @@ def _active(model: nn.Module) -> float:
     chosen = getattr(text, "num_experts_per_tok", None)
     count = getattr(text, "num_experts", None) or getattr(text, "num_local_experts", None)
     return min(chosen / count, 1.0) if chosen and count else 1.0
+
+
+def _learned_tokens(recipe: Recipe) -> int:
+    """How many tokens pass each linear while its rounding is learned."""
+    composition = parse_method(recipe.method)
+    if not METHODS[composition.rounding].learns:
+        return 0
+    settings = settings_of(composition, dict(recipe.set))[composition.rounding]
+    return int(settings.iterations * settings.batch_size * recipe.seq_len)
 
 
 @dataclass(frozen=True)

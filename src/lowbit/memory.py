@@ -21,7 +21,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowbit.algorithms.compose import parse_method
+from lowbit.algorithms import METHODS
+from lowbit.algorithms.compose import parse_method, settings_of
 from lowbit.console import note
 from lowbit.errors import InputError
 from lowbit.model.load import compute_dtype
@@ -77,11 +78,17 @@ def estimate_memory(
     )
     one = max(m.weight.numel() for m in modules.values())
     proving = largest + one * _PROOF  # the block's codes, and one linear read back from its file beside them
+    composition = parse_method(recipe.method)
+    settings = settings_of(composition, dict(recipe.set))[composition.rounding]
+    learns = settings.scope if METHODS[composition.rounding].learns else None
+    graphs = passing * _GRAPH * len(blocks.names)
+    whole = sum(parameters.values()) * _LEARNING * 4 + graphs if learns == "model" else 0
+    taught = largest * _LEARNING * 4 + passing * _GRAPH if learns == "block" else 0
     return Memory(
         base=psutil.Process().memory_info().rss,
         outside=(outside + largest) * size + tokens * hidden * size,
-        block=largest * size + max(working, passing, proving),
-        proof=(outside + largest) * 4,
+        block=largest * size + max(working, passing, proving, taught),
+        proof=max((outside + largest) * 4, whole),
         activations=tokens * size * (2 * hidden + inner),
         spilled=tokens * hidden * size,
     )
@@ -116,6 +123,8 @@ def give_back(*, thoroughly: bool) -> None:
 
 _PIECE = 8  # float32 copies of a piece's weights while it is rounded
 _PROOF = 20  # bytes a weight: two float32 copies of a linear, and what they are made of
+_LEARNING = 6  # weights, latents, values, gradients, the start, the step
+_GRAPH = 4  # what a backward pass needs of a block's forward pass, in what one batch holds while it passes
 
 
 def choose_frugal(memory: Memory, limit: int | None) -> bool:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from lowbit.activations import UNKNOWN_SCALE, static_scale
 from lowbit.algorithms import METHODS
 from lowbit.algorithms.compose import parse_method, settings_of
+from lowbit.algorithms.signround import resting_point
 from lowbit.artifact import MANIFEST, Work, check_output, check_same, clean, disk_errors, read_manifest, replaces
 from lowbit.calibration import Calibration, load_calibration
 from lowbit.console import note, track
@@ -28,6 +29,7 @@ from lowbit.errors import InputError
 from lowbit.forecast import forecast
 from lowbit.formats.choose import Format, format_for
 from lowbit.formats.compressed_tensors import unpack_input
+from lowbit.learning import Learned, learn_block, learn_model, say
 from lowbit.losses import Statistics, Units
 from lowbit.manifest import document_of, finish_directory, named_twice, shard_name, versions
 from lowbit.memory import BATCH, choose_frugal, estimate_memory, give_back
@@ -51,10 +53,10 @@ from lowbit.model.walk import Blocks, Entry, capture_entries, find_blocks, input
 from lowbit.preflight import Plan, check_disk, make_plan
 from lowbit.recipe import Recipe
 from lowbit.repair import repair
-from lowbit.rounding import Rounded, block_line, round_linears, round_plain
+from lowbit.rounding import Rounded, block_line, replaced, round_linears, round_plain
 from lowbit.scheme import Scheme
 from lowbit.shards import Later, read_tensor
-from lowbit.tensor import InputGrid
+from lowbit.tensor import InputGrid, QuantizedTensor
 from lowbit.workers import check_workers, using
 
 HELD_OUT = 16  # one batch in this many checks the method instead of feeding it
@@ -145,6 +147,7 @@ class _Job:
     threads: int
     frugal: bool  # activations on disk, and one batch at a time in memory
     equalized: Equalized = field(default_factory=Equalized)
+    seen: dict[str, Statistics] = field(default_factory=dict)  # by full name, of linears that are still being learned
 
     def stored(self, name: str) -> Tensor:
         """A tensor as it is to be quantized or copied."""
@@ -156,18 +159,28 @@ class _Job:
         names = self.blocks.names
         dtype = compute_dtype()
         entries, equalizer = ([], None) if calibration is None else self._enter(calibration, dtype)
-        original = Original(entries, self.threads) if entries and self._follows() else None
+        settings = self._settings()
+        learns = METHODS[parse_method(self.recipe.method).rounding].learns and bool(entries)
+        whole = learns and settings.scope == "model"
+        follows = (learns and not whole) or getattr(settings, "follow_original", False)
+        original = Original(entries, self.threads) if entries and follows else None
         layers: list[dict[str, Any]] = []
+        waiting: list[tuple[str, Equalized, dict[str, Rounded]]] = []  # blocks that are written when all are learned
         for index, name in enumerate(track(names, "quantizing blocks", len(names))):
             started = time.perf_counter()
             shard = shard_name(index, len(names))
             block = materialize(self.net, name, self.source, dtype)
-            report = self.work.report(shard)
+            report = None if whole else self.work.report(shard)
             if report is None:
                 if equalizer is not None:
                     schemes, get = self.plan.quantized(name), self.source.checkpoint.get
                     self.equalized = equalizer.equalize(block, name, index, entries, schemes, get)
                 rounded = self._round_block(block, index, entries, original)
+                if whole:
+                    waiting.append((name, self.equalized, rounded))
+                    release(block)
+                    note(block_line(name, [r.report for r in rounded.values()], time.perf_counter() - started))
+                    continue
                 stored = [t for t in self.source.checkpoint.tensors if t.startswith(name + ".")]
                 report = self._write(shard, stored, {f"{name}.{n}": r for n, r in rounded.items()})
             else:
@@ -178,6 +191,8 @@ class _Job:
             give_back(thoroughly=self.frugal)
             layers += report
             note(block_line(name, report, time.perf_counter() - started))
+        if waiting and calibration is not None:
+            layers = self._learn_whole(calibration, [e.held_out for e in entries], waiting)
         self.equalized = Equalized()
         return layers + self._write_rest()
 
@@ -196,10 +211,10 @@ class _Job:
             entry.held_out = True
         return entries, equalizer
 
-    def _follows(self) -> bool:
-        """Whether the method rounds towards the original model's outputs (model/original.py)."""
+    def _settings(self) -> Any:
+        """Of the part of the method that rounds."""
         method = parse_method(self.recipe.method)
-        return bool(getattr(settings_of(method, dict(self.recipe.set))[method.rounding], "follow_original", False))
+        return settings_of(method, dict(self.recipe.set))[method.rounding]
 
     def _round_block(
         self, block: nn.Module, index: int, entries: list[Entry], original: Original | None
@@ -223,8 +238,10 @@ class _Job:
                 width = linears(block)[wanted[0]].in_features
                 statistics = Statistics.collect(walk, k, width)
                 correction = None
-                if original is not None and statistics.train.rows:
+                if original is not None and statistics.train.rows and self._settings().follow_original:
                     correction = original.correction(walk, k, wanted, statistics.train.mean())
+                if METHODS[parse_method(self.recipe.method).rounding].learns and statistics.train.rows:
+                    self.seen.update({f"{name}.{n}": statistics for n in wanted})
                 for scheme in dict.fromkeys(schemes[n] for n in wanted):
                     same = [n for n in wanted if schemes[n] == scheme]
                     results = self._round(block, name, same, scheme, statistics, correction)
@@ -234,10 +251,13 @@ class _Job:
                         results = {n: replace(r, input_scale=scale) for n, r in results.items()}
                         grids.update({n: InputGrid(scheme.activation, scale) for n in same if scale is not None})
                     rounded |= results
-            for entry, hidden in zip(entries, walk.finish(), strict=True):
-                entry.hidden = hidden
+            hidden_states = walk.finish()
             if original is not None:
                 original.leave()
+            if self.seen and original is not None and self._settings().scope == "block":
+                rounded, hidden_states = self._learn_block(block, index, entries, original, rounded, grids)
+            for entry, hidden in zip(entries, hidden_states, strict=True):
+                entry.hidden = hidden
         for local, scheme in schemes.items():
             if local not in rounded:  # no calibration data, or none that reached it
                 empty = Statistics.empty(linears(block)[local].in_features) if entries else None
@@ -272,6 +292,74 @@ class _Job:
                 result.report["equalization"] = self.equalized.report.get(f"{name}.{local}")
             _put(block, local, result.quantized.dequantize(linears(block)[local].weight.dtype))
         return by_local
+
+    def _learn_block(
+        self,
+        block: nn.Module,
+        index: int,
+        entries: list[Entry],
+        original: Original,
+        rounded: Mapping[str, Rounded],
+        grids: Mapping[str, InputGrid],
+    ) -> tuple[dict[str, Rounded], list[Tensor]]:
+        """The block's linears rounded again towards the original's output (learning.py), in the block too; and the
+        hidden states that it then makes."""
+        name = self.blocks.names[index]
+        learning = {n: r for n, r in rounded.items() if f"{name}.{n}" in self.seen}
+        start = {n: r.quantized for n, r in learning.items()}
+        resting = {n: self._resting(f"{name}.{n}", self.stored(f"{name}.{n}.weight"), q) for n, q in start.items()}
+        targets = [e.hidden for e in original.entries]
+        learned = learn_block(block, index, entries, targets, resting, start, grids, self._settings())
+        say(name, learned)
+        result = dict(rounded) | {n: self._learned(f"{name}.{n}", r, learned, n) for n, r in learning.items()}
+        for n in learning:
+            _put(block, n, result[n].quantized.dequantize(linears(block)[n].weight.dtype))
+        self.seen = {}
+        return result, Walk(block, index, entries, (), grids, self.threads, recompute=self.frugal).finish()
+
+    def _learn_whole(
+        self, calibration: Calibration, held_out: list[bool], waiting: list[tuple[str, Equalized, dict[str, Rounded]]]
+    ) -> list[dict[str, Any]]:
+        """All blocks rounded again towards the original's answers, and written. Returns one report a linear."""
+        net, names = self.net, self.blocks.names
+        materialize(net, "", self.source, torch.float32)
+        net.tie_weights()
+        found: dict[str, Rounded] = {}
+        for name, equalized, rounded in waiting:
+            for tensor, value in equalized.tensors.items():
+                net.get_parameter(tensor).data = value.float()
+            found |= {f"{name}.{n}": r for n, r in rounded.items()}
+        schemes = {n: self.plan.schemes[n].activation for n in self.seen}
+        grids = {n: InputGrid(a, found[n].input_scale) for n, a in schemes.items() if a is not None}
+        batches, judges = list(calibration.tokens.split(BATCH)), [i for i, held in enumerate(held_out) if held]
+        start = {n: found[n].quantized for n in self.seen}
+        resting = {n: self._resting(n, net.get_parameter(f"{n}.weight").data, q) for n, q in start.items()}
+        learned = learn_model(net, batches, judges, resting, start, grids, self._settings())
+        say("all blocks", learned)
+        release(net)
+        layers = []
+        for index, (name, equalized, rounded) in enumerate(waiting):
+            self.equalized = equalized
+            final = {f"{name}.{n}": self._learned(f"{name}.{n}", r, learned, f"{name}.{n}") for n, r in rounded.items()}
+            stored = [t for t in self.source.checkpoint.tensors if t.startswith(name + ".")]
+            layers += self._write(shard_name(index, len(names)), stored, final)
+        return layers
+
+    def _resting(self, full: str, weight: Tensor, start: QuantizedTensor) -> Tensor:
+        return resting_point(weight, start, self.seen[full].train.mean())
+
+    def _learned(self, full: str, first: Rounded, learned: Learned, key: str) -> Rounded:
+        """The linear's result after learning, with its report."""
+        if key not in learned.tensors:
+            return first
+        noted = {
+            "learned": {"loss_before": learned.loss_before, "loss_after": learned.loss_after, "kept": learned.kept}
+        }
+        if not learned.kept:
+            return replace(first, report=first.report | noted)
+        units = Units(self.equalized.columns.get(full), self.equalized.rows.get(full))
+        weight = self.stored(f"{full}.weight")
+        return replaced(first, learned.tensors[key], weight, self.seen[full], units, noted)
 
     def _replay(
         self, block: nn.Module, index: int, entries: list[Entry], original: Original | None, shard: str

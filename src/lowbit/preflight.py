@@ -60,6 +60,12 @@ def make_plan(model: PreTrainedModel, blocks: Blocks, checkpoint: Checkpoint, re
             rows, columns = module.weight.shape
             if scheme.weight.kind not in method.grids:
                 raise InputError(_other_method(recipe.method, scheme))
+            if method.own_layout and scheme.activation is not None:
+                raise InputError(
+                    f"method {recipe.method!r} stores weights in a rotated basis, which is not the one whose "
+                    f"inputs are rounded in scheme {scheme}: no kernel multiplies the two. Use --method "
+                    f"smoothquant+gptq, or a scheme that leaves activations alone (w{scheme.weight.bits}a16)."
+                )
             try:
                 scale_shape(scheme.weight, (rows, columns))
             except InputError as error:

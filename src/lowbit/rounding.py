@@ -149,6 +149,22 @@ def _judged(
     return rounded
 
 
+def replaced(
+    first: Rounded,
+    quantized: QuantizedTensor,
+    weight: Tensor,
+    statistics: Statistics,
+    unit: Units,
+    noted: dict[str, Any],
+) -> Rounded:
+    """`first` with another tensor in its place, measured again; `weight` (out, in) is the one to be rounded."""
+    loss, _ = statistics.loss(unit.scaled(weight.float() - quantized.dequantize()))
+    signal, _ = statistics.loss(unit.scaled(weight.float()))
+    relative = (loss / signal) ** 0.5 if signal > 0 else 0.0
+    report = first.report | {"loss": loss, "relative_error": relative} | noted
+    return Rounded(quantized, report, first.input_scale)
+
+
 def round_plain(name: str, weight: Tensor, scheme: Scheme, scale_dtype: torch.dtype) -> Rounded:
     """RTN with searched scales, for a head or an embedding, which no statistics are taken for."""
     assert scheme.weight is not None

@@ -16,6 +16,8 @@ from lowbit.algorithms.gptq import GPTQSettings, gptq
 from lowbit.algorithms.hadamard import HadamardSettings
 from lowbit.algorithms.quip import QuipSettings, quip
 from lowbit.algorithms.rtn import RTNSettings, rtn
+from lowbit.algorithms.signround import KINDS as SIGNROUND_KINDS
+from lowbit.algorithms.signround import SignRoundSettings
 from lowbit.algorithms.smoothquant import SmoothQuantSettings
 from lowbit.errors import InputError, nearest
 from lowbit.scheme import TensorScheme
@@ -33,6 +35,7 @@ class Method:
     grids: tuple[str, ...] = ("int", "midrise", "float", "nf", "learned")  # the kinds of TensorScheme it rounds to
     one_by_one: bool = False  # linears that share an input may not be rounded as rows of one matrix
     own_layout: bool = False  # what it makes is more than standard formats can say
+    learns: bool = False  # its rounding is the start of what learning.py does with a block or the model
 
 
 def _rtn(
@@ -66,6 +69,7 @@ def _quip(
 METHODS = {
     "rtn": Method(_rtn, RTNSettings, needs_calibration=False),
     "gptq": Method(_gptq, GPTQSettings, needs_calibration=True),
+    "signround": Method(_gptq, SignRoundSettings, needs_calibration=True, grids=SIGNROUND_KINDS, learns=True),
     "any4": Method(_any4, Any4Settings, needs_calibration=True, grids=("learned",)),
     "quip": Method(
         _quip,

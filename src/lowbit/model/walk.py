@@ -10,7 +10,7 @@ import contextlib
 import graphlib
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -112,14 +112,14 @@ class Entry:
         """`hidden`, moved to this entry's room if it has one."""
         return hidden if self.room is None else self.room.copy_(hidden)
 
-    def call(self, block: nn.Module, index: int) -> Any:
+    def call(self, block: Callable[..., Any], index: int) -> Any:
         """What `block`, the index-th, returns."""
         args, kwargs = self.arguments[index]
         if self.keyword is None:
             return block(self.hidden, *args, **kwargs)
         return block(*args, **kwargs, **{self.keyword: self.hidden})
 
-    def run(self, block: nn.Module, index: int) -> Tensor:
+    def run(self, block: Callable[..., Any], index: int) -> Tensor:
         """The hidden states after `block`, the index-th."""
         output = self.call(block, index)
         hidden: Tensor = output[0] if isinstance(output, tuple) else output
