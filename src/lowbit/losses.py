@@ -51,6 +51,8 @@ class Statistics:
     def loss(self, error: Tensor) -> tuple[float, float | None]:
         """(loss under all calibration rows, loss under the held-out ones if there are any) of an error (out, in)."""
         parts = [h for h in (self.train, self.held_out) if h.rows]
+        if not parts:
+            return 0.0, None
         losses = quadratic_losses(error, *(h.mean() for h in parts))
         every = sum(loss * h.rows for loss, h in zip(losses, parts, strict=True)) / sum(h.rows for h in parts)
         return every, losses[-1] if self.held_out.rows else None
