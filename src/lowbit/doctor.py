@@ -12,6 +12,8 @@ from lowbit.speed.bandwidth import measure_bandwidth
 _EXTRAS = {  # package -> what it is for, how to get it
     "compressed_tensors": ("transformers loading of lowbit's outputs", "pip install compressed-tensors"),
     "datasets": ("--calibration hub:NAME", "pip install 'lowbit[datasets]'"),
+    "onnxruntime": ("export --format onnx", "pip install 'lowbit[onnx]'"),
+    "litert_torch": ("export --format litert", "pip install 'lowbit[litert]'"),
 }
 
 

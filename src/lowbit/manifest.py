@@ -15,6 +15,7 @@ from lowbit.calibration import Calibration
 from lowbit.card import write_card
 from lowbit.environment import peak_memory
 from lowbit.model.checkpoint import INDEX, Checkpoint, open_checkpoint
+from lowbit.model.load import load_tokenizer
 from lowbit.model.stream import fingerprint
 from lowbit.recipe import Recipe
 from lowbit.scheme import Scheme
@@ -87,7 +88,10 @@ def named_twice(schemes: Mapping[str, Scheme], checkpoint: Checkpoint) -> dict[s
 
 
 def copy_small_files(checkpoint: Checkpoint, target: Path) -> None:
-    """Tokenizer, chat template, generation settings, licence: as the model has them."""
+    """Tokenizer, chat template, generation settings, licence: as the model has them (a GGUF file: its tokenizer)."""
+    if checkpoint.gguf is not None:
+        load_tokenizer(checkpoint).save_pretrained(target)
+        return
     for pattern in (*_COPIED, *(("*.py",) if checkpoint.trust_remote_code else ())):
         for file in checkpoint.path.glob(pattern):
             if file.is_file():

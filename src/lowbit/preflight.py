@@ -39,6 +39,11 @@ def make_plan(model: PreTrainedModel, blocks: Blocks, checkpoint: Checkpoint, re
     composition = parse_method(recipe.method)
     settings_of(composition, dict(recipe.set))
     method = METHODS[composition.rounding]
+    if checkpoint.gguf is not None:
+        raise InputError(
+            f"{checkpoint.name}: lowbit quantizes Hugging Face directories, not GGUF files: name the model that it was "
+            "made from."
+        )
     if checkpoint.quantization is not None:
         raise InputError(
             f"{checkpoint.name}: already quantized ({checkpoint.quantization.get('quant_method')}). Quantizing twice "

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lowbit.kernels.ops import add_gram
+
 _CHUNK_ROWS = 2048
 _TILE = 128
 
@@ -13,7 +15,7 @@ _TILE = 128
 class Hessian:
     """H = mean over rows of x xᵀ, (in, in) float32: the curvature of a linear's squared output error.
 
-    Only blocks on and below the diagonal are multiplied out; `mean` mirrors them. Rows that are not finite are
+    Only the lower triangle is multiplied out; `mean` mirrors it. Rows that are not finite are
     counted and left out, so that one bad activation does not silently void a layer.
     """
 
@@ -29,15 +31,13 @@ class Hessian:
         """x (..., in), any float dtype."""
         assert not self.averaged, "the sum has become a mean"
         for chunk in x.reshape(-1, self.width).split(_CHUNK_ROWS):
-            rows = chunk.float()
-            finite = torch.isfinite(rows.sum(1))
+            finite = torch.isfinite(chunk.sum(1, dtype=torch.float32))
+            rows = chunk
             if not bool(finite.all()):
                 self.bad_rows += int((~finite).sum())
-                rows = rows[finite]
+                rows = chunk[finite]
             self.rows += len(rows)
-            for i in range(0, self.width, _TILE):
-                end = i + _TILE
-                self.sum[i:end, :end].addmm_(rows[:, i:end].T, rows[:, :end])
+            add_gram(self.sum, rows)
 
     def merge(self, other: "Hessian") -> None:
         """Add what `other` has seen; its sum may live on as this one's."""

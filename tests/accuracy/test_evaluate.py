@@ -1,7 +1,9 @@
 """evaluate's numbers against their definitions, computed another way."""
 
 import json
+import re
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from lowbit.accuracy import evaluate
 from lowbit.accuracy.measure import cut_windows, measure
 from lowbit.artifact import read_manifest
+from lowbit.console import set_verbosity
 from lowbit.errors import InputError
 from lowbit.pipeline import quantize
 
@@ -102,3 +105,28 @@ def test_models_are_compared_window_by_window(tiny: Path, quantized: Path, text_
     w4, w8 = (np.array(r["per_window"]["kl"]) for r in document["results"])
     assert comparison["kl_difference"]["estimate"] == pytest.approx((w8 - w4).mean())
     assert comparison["kl_difference"]["high"] < 0
+
+
+def test_a_text_too_short_for_the_limit_is_said_to_be(
+    tiny: Path, quantized: Path, text_file: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A limit at the estimate itself lies inside any interval; one far away does not; one window has no interval."""
+    options: dict[str, Any] = {"against": tiny, "seq_len": 64, "windows": 6, "runtime": "float32"}
+    kl = evaluate([quantized], text_file, **options)["results"][0]["kl"]["mean"]
+    set_verbosity(1)
+    try:
+        (near,) = evaluate([quantized], text_file, **options, max_kl=kl * 1.001)["results"][0]["gates"]
+        assert near["met"]
+        assert not near["decided"]
+        assert near["interval"]["low"] < kl < near["interval"]["high"]
+        said = " ".join(capsys.readouterr().err.split())
+        assert "too short to decide kl" in said
+        assert int(re.search(r"about (\d+) windows would, this text has 6", said)[1]) > 100  # type: ignore[index]
+        (far,) = evaluate([quantized], text_file, **options, max_kl=kl * 100)["results"][0]["gates"]
+        assert far["met"]
+        assert far["decided"]
+        assert "too short" not in capsys.readouterr().err
+    finally:
+        set_verbosity(0)
+    with pytest.raises(InputError, match="a single window, and one value has no interval"):
+        evaluate([quantized], text_file, **options | {"windows": 1}, max_kl=1.0)

@@ -17,6 +17,7 @@ from lowbit.exporting import export
 from lowbit.formats.gguf_file import read_gguf
 from lowbit.formats.gguf_names import choose_type, permute_heads, unpermute_heads
 from lowbit.model.checkpoint import DEMO, open_checkpoint
+from lowbit.model.load import load_tokenizer
 from lowbit.runtime.engine import load
 
 TOKENS = torch.arange(5, 45)[None]
@@ -194,10 +195,24 @@ def test_what_gguf_cannot_carry_is_refused_before_work(tiny: Path, tmp_path: Pat
     assert (tmp_path / "b.gguf").read_text() == "something"
 
 
-def test_a_gguf_file_is_no_source_of_exports_or_quantization(tiny: Path, tmp_path: Path) -> None:
+def test_a_gguf_file_is_a_source_of_exports(tiny: Path, tmp_path: Path) -> None:
+    """Q4_0's codes become GPTQ's, and a file in full precision is quantized like the model that it was made from."""
+    export(tiny, tmp_path / "full.gguf", "gguf", type="bf16")
+    export(tiny, tmp_path / "q4.gguf", "gguf", type="q4_0", method="search", override=(("lm_head", "q4_0"),))
+    export(tmp_path / "q4.gguf", tmp_path / "gptq", "gptq")
+    assert torch.equal(logits(tmp_path / "gptq"), logits(tmp_path / "q4.gguf"))
+    own, there = (load_tokenizer(open_checkpoint(p)) for p in (tiny, tmp_path / "gptq"))
+    assert own("def f(x):  # ü")["input_ids"] == there("def f(x):  # ü")["input_ids"]
+    export(tmp_path / "full.gguf", tmp_path / "again.gguf", "gguf", type="q8_0", method="search")
+    export(tiny, tmp_path / "once.gguf", "gguf", type="q8_0", method="search")
+    assert torch.equal(logits(tmp_path / "again.gguf"), logits(tmp_path / "once.gguf"))
+
+
+def test_a_gguf_file_is_no_source_of_quantization_or_of_itself(tiny: Path, tmp_path: Path) -> None:
     export(tiny, tmp_path / "a.gguf", "gguf", type="f16")
-    with pytest.raises(InputError, match="is a GGUF file"):
-        export(tmp_path / "a.gguf", tmp_path / "b.gguf", "gguf")
-    with pytest.raises(InputError, match="already quantized"):
+    export(tiny, tmp_path / "q.gguf", "gguf", type="q8_0", method="search")
+    with pytest.raises(InputError, match="is a quantized GGUF file already"):
+        export(tmp_path / "q.gguf", tmp_path / "b.gguf", "gguf")
+    with pytest.raises(InputError, match="quantizes Hugging Face directories, not GGUF files"):
         lowbit.quantize(tmp_path / "a.gguf", tmp_path / "out", scheme="w4a16-g32", method="rtn")
     assert open_checkpoint(tmp_path / "a.gguf").digest != open_checkpoint(tiny).digest

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+from compressed_tensors.compressors.base import BaseCompressor
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationConfig
@@ -187,6 +188,36 @@ def test_compressed_tensors_own_compressor_writes_and_reads_the_same(text: str) 
         assert torch.equal(written[name], mine[name]), name
     read = PackedQuantizationCompressor.decompress(mine | {"weight_scale": state["weight_scale"]}, theirs)
     assert torch.equal(read["weight"], quantized.dequantize())
+
+
+# Every scheme that vLLM has kernels for
+SERVED = [
+    "w4a16-g128", "w4a16-g32-asym", "w4a16-channel", "w8a16-g128", "w8a16-channel", "w8a8", "w8a8-static", "fp8-tensor",
+    "fp8", "fp8-block", "fp8-static", "fp8-tensor-static", "w4a8-g128", "w4a8-channel", "w4afp8-g128", "nvfp4", "mxfp4",
+]  # fmt: skip
+
+
+@pytest.mark.interop
+@pytest.mark.parametrize("alone", [True, False], ids=["alone", "in one mixed model"])
+@pytest.mark.parametrize("text", SERVED)
+def test_the_librarys_reader_gives_the_kept_weights(text: str, *, alone: bool) -> None:
+    """The config says which of its readers a layer is for; that reader gives what lowbit kept, exactly. (NVFP4's is in
+    bfloat16 arithmetic, where a product of two scales rounds.)"""
+    names = {t: f"model.layers.{i}.a" for i, t in enumerate(SERVED)}
+    scheme = Scheme.parse(text)
+    assert scheme.weight is not None
+    layers = {names[t]: Scheme.parse(t) for t in ([text] if alone else SERVED)}
+    config = QuantizationConfig.model_validate(quantization_config(layers))
+    (group,) = [g for g in config.config_groups.values() if g.targets == ["Linear"] or names[text] in g.targets]
+    reader = BaseCompressor.get_value_from_registry(group.format or config.format)
+    weight = torch.randn(256, 256, generator=torch.Generator().manual_seed(0))
+    quantized = rtn(weight, scheme.weight, torch.bfloat16)
+    given = torch.tensor([0.5], dtype=torch.bfloat16) if scheme.static else None
+    stored = {n.rpartition(".")[2]: t for n, t in pack(names[text], quantized, scheme, given).items()}
+    if stored["weight_scale"].dtype == torch.bfloat16:
+        stored["weight_scale"] = stored["weight_scale"].float()  # else its product is rounded to bfloat16
+    read = reader.decompress(stored, group)["weight"].float()
+    assert torch.allclose(read, quantized.dequantize(), rtol=2**-7 if text == "nvfp4" else 0, atol=0)
 
 
 @pytest.mark.interop

@@ -324,11 +324,12 @@ def test_commands_can_be_pasted(document: dict[str, Any], tmp_path: Path) -> Non
         "lowbit tune demo --text 'my prompts.jsonl' --max-ppl-increase 1% --optimize tpot --seed 0 -o out" in page.text
     )
     assert "vllm serve out/candidates/w4a16-gptq" in page.text
-    document["own_candidates"] = True
+    document |= {"own_candidates": True, "exhaustive": True, "calibration": "other.txt"}
     document["limits"] |= {"max_kl": 0.01, "max_tpot": 0.02}
     again = view(document)["reproduce"]
     assert "--max-kl 0.01 --max-tpot 0.02" in again
-    assert "--methods rtn,gptq --schemes w8a8,w4a16,w3a16,w4a8" in again
+    assert "--methods rtn,gptq --schemes w8a8,w4a16,w3a16,w4a8 --exhaustive" in again
+    assert "--calibration other.txt" in again
     assert "lowbit bench out/candidates/w4a16-gptq --against demo" in page.text
 
 

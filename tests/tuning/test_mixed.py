@@ -119,3 +119,6 @@ def test_kernel_times_are_of_the_matrix_and_not_of_nothing() -> None:
     assert product_seconds((4096, 4096), "w4a16-g128") > 4 * product_seconds((256, 256), "w4a16-g128")
     with pytest.raises(InputError, match="no kernel"):
         product_seconds((64, 64), "w5a16-g32")
+    with pytest.raises(InputError, match="no kernel time"):
+        product_seconds((64, 64), "fp8")
+    assert all(product_seconds((256, 256), s) > 0 for s in ("none", "any4", "nf4", "w8a8", "w4a8"))

@@ -4,19 +4,26 @@ import itertools
 import json
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from lowbit.accuracy.domain import divergence, domain_distance, warning
+from lowbit.algorithms import METHODS
+from lowbit.algorithms.compose import parse_method
 from lowbit.errors import InputError
+from lowbit.model.checkpoint import open_checkpoint
 from lowbit.scheme import Scheme
 from lowbit.tuning import isolate
 from lowbit.tuning.advice import RULES, Situation, expect
-from lowbit.tuning.candidates import Candidate, make_candidates
+from lowbit.tuning.candidates import FULL, Candidate, make_candidates
+from lowbit.tuning.expected import PLAIN, expected_seconds
 from lowbit.tuning.halving import KEEP, Measured, dropped
 from lowbit.tuning.isolate import JobError, JobLimits, run_job
+from lowbit.tuning.search import search
 
 # ---- candidates ----
 
@@ -36,6 +43,80 @@ def test_the_demo_has_few_candidates_and_others_more() -> None:
     for words in ({"methods": ("magic",)}, {"schemes": ("w99",)}, {"group_sizes": (0,)}):
         with pytest.raises(InputError):
             make_candidates(**words)  # type: ignore[arg-type]
+
+
+def test_each_scheme_comes_with_a_method_that_rounds_to_it() -> None:
+    for candidate in FULL:
+        if not candidate[1].startswith("auto:"):
+            weight = Scheme.parse(candidate[1]).weight
+            assert weight is not None
+            assert weight.kind in METHODS[parse_method(candidate[0]).rounding].grids
+    assert make_candidates(schemes=("e8p3", "any4")) == (Candidate("quip", "e8p3"), Candidate("gptq", "any4"))
+
+
+# ---- the search: what need not be made ----
+
+SECONDS = {"w3a16": 1.0, "w4a16": 1.3, "any4": 1.33, "w8a8": 2.0, "fp8": 4.0}
+
+
+def searched(keep: dict[str, str], names: Sequence[tuple[str, str]]) -> tuple[list[str], dict[str, str]]:
+    """(names made, {name: why it was not}); `keep` is the verdict on each scheme."""
+    made: list[str] = []
+
+    def make(c: Candidate) -> dict[str, Any]:
+        made.append(c.name)
+        return {"name": c.name, "scheme": c.scheme, "error": None}
+
+    rows = search([Candidate(*n) for n in names], SECONDS, 4.0, make, lambda row: keep[row["scheme"]])
+    return made, {r["name"]: r["dropped"] for r in rows if "dropped" in r}
+
+
+ALL = [("gptq", "w8a8"), ("gptq", "w4a16"), ("awq+gptq", "w4a16"), ("gptq", "any4"), ("gptq", "w3a16"), ("rtn", "fp8")]
+
+
+def test_the_first_that_keeps_the_limits_bounds_the_rest() -> None:
+    keep = {"w3a16": "bad", "w4a16": "good", "any4": "good", "w8a8": "good"}
+    made, left_out = searched(keep, ALL)
+    assert made == ["w3a16-gptq", "w4a16-gptq", "any4-gptq"]  # any4 is within what expectations may be off
+    assert "as fast as w4a16-gptq" in left_out["w4a16-awq-gptq"]
+    assert "1.54x" in left_out["w8a8-gptq"]
+    assert "no faster than the original" in left_out["fp8-rtn"]
+
+
+def test_what_a_few_windows_cannot_decide_bounds_nothing() -> None:
+    made, left_out = searched({"w3a16": "bad", "w4a16": "open", "any4": "open", "w8a8": "good"}, ALL)
+    assert made == ["w3a16-gptq", "w4a16-gptq", "w4a16-awq-gptq", "any4-gptq", "w8a8-gptq"]
+    assert list(left_out) == ["fp8-rtn"]
+
+
+def test_the_search_finds_what_trying_everything_finds() -> None:
+    """Whatever the verdicts, the fastest good candidate is among those that were made."""
+    for verdicts in itertools.product(("good", "bad", "open"), repeat=4):
+        keep = dict(zip(("w3a16", "w4a16", "any4", "w8a8"), verdicts, strict=True))
+        made, _ = searched(keep, ALL)
+        good = [s for s in keep if keep[s] == "good"]
+        if good:
+            fastest = min(good, key=SECONDS.__getitem__)
+            assert any(name.startswith(f"{fastest}-") for name in made)
+
+
+def test_expected_times_are_those_of_the_products(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With times by the bits: sums over the linears of all blocks; what no kernel reads is as slow as the original."""
+
+    def seconds(shape: tuple[int, int], scheme: str) -> float:
+        weight = Scheme.parse(scheme).weight
+        return shape[0] * shape[1] * (16.0 if weight is None else weight.bits)
+
+    monkeypatch.setattr("lowbit.tuning.expected.product_seconds", seconds)
+    monkeypatch.setattr("lowbit.runtime.native.pack.native", object())
+    found = expected_seconds(open_checkpoint(tiny), ["w4a16-g32", "any4", "fp8", "e8p3", "auto:3.5", "auto:2ms"])
+    weights = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128)
+    assert found == {
+        PLAIN: 16 * weights, "w4a16-g32": 4 * weights, "any4": 4 * weights, "fp8": 16 * weights, "e8p3": 16 * weights,
+        "auto:3.5": 4 * weights, "auto:2ms": 0.002,
+    }  # fmt: skip
+    monkeypatch.setattr("lowbit.runtime.native.pack.native", None)
+    assert expected_seconds(open_checkpoint(tiny), ["w8a8"]) is None
 
 
 # ---- isolation ----

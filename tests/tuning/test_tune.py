@@ -168,6 +168,35 @@ def test_tune_end_to_end(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
         tune(tiny, out, text, candidates=first, repeats=1, resume=True, seed=1)
 
 
+@pytest.mark.model
+def test_only_what_can_be_the_answer_is_made(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Five candidates, the fastest of which keeps the limit: one is made. --exhaustive --resume makes the others."""
+    text = tmp_path / "text.txt"
+    text.write_text((Path(__file__).parents[2] / "src/lowbit/demo/evaluation.txt").read_text()[:30_000])
+    monkeypatch.setattr("lowbit.tuning.SEQ_LEN", 64)
+    monkeypatch.setattr("lowbit.tuning.run.bench", lambda *a, **k: fake_bench(*a, **k))
+    monkeypatch.setattr("lowbit.tuning.run.run_job", in_this_process)
+    times = {"w3a16-g32": 1.0, "w4a16-g32": 1.4, "w8a8": 2.0, "fp8": 4.0}
+    monkeypatch.setattr("lowbit.tuning.expected_seconds", lambda *_: times | {"none": 4.0})
+    tried = [Candidate("rtn", s) for s in ("fp8", "w8a8", "w4a16-g32", "w3a16-g32")] + [Candidate("gptq", "w4a16-g32")]
+    options: dict[str, Any] = {"candidates": tried, "repeats": 1, "max_ppl_increase": 10}
+    document = tune(tiny, tmp_path / "out", text, **options)
+    assert [p.name for p in (tmp_path / "out" / "candidates").iterdir()] == ["w3a16-g32-rtn"]
+    assert document["recommendation"]["name"] == "w3a16-g32-rtn"
+    why = {c["name"]: c["verdict"] for c in document["candidates"] if c["name"] != "w3a16-g32-rtn"}
+    assert "no faster than the original" in why["fp8-rtn"]
+    assert all("not made: " in w for w in why.values())
+    assert why["w8a8-rtn"] in summary(document)
+    assert "not made" in (tmp_path / "out" / "report.html").read_text()
+
+    strict = tune(tiny, tmp_path / "strict", text, **options | {"max_ppl_increase": 1e-9})
+    assert strict["recommendation"]["name"] == "original"
+    assert "too inaccurate" in {c["name"]: c["verdict"] for c in strict["candidates"]}["w3a16-g32-rtn"]
+
+    everything = tune(tiny, tmp_path / "out", text, **options, resume=True, exhaustive=True)
+    assert all(c["verdict"] == "ok" for c in everything["candidates"])
+
+
 def in_this_process(request: dict[str, Any], _limits: JobLimits) -> Any:
     try:
         return json.loads(json.dumps(answer(request)))

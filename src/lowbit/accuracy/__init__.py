@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +10,19 @@ import numpy as np
 
 from lowbit.accuracy.domain import domain_distance, warning
 from lowbit.accuracy.measure import Scores, cut_windows, measure
+from lowbit.accuracy.tasks import evaluate_tasks
 from lowbit.artifact import MANIFEST, read_manifest, write_json
 from lowbit.calibration import read_documents, tokenize
+from lowbit.client import is_url
 from lowbit.console import note
 from lowbit.errors import InputError
 from lowbit.intervals import kl_difference, mcnemar, mean_interval, perplexity_ratio
-from lowbit.model.checkpoint import DEMO, open_checkpoint
+from lowbit.model.checkpoint import DEMO, Checkpoint, open_checkpoint
 from lowbit.model.load import load_tokenizer
 from lowbit.runtime.base import Engine
 from lowbit.runtime.engine import Runtime, load
+from lowbit.runtime.outside import attach
+from lowbit.runtime.server import Serving
 
 __all__ = ["evaluate"]
 
@@ -32,20 +37,39 @@ def evaluate(
     seq_len: int | None = None,
     windows: int | None = None,
     runtime: Runtime = "auto",
+    program: str | None = None,
+    floor: str | Path | None = None,
     max_ppl_increase: float | None = None,
     max_kl: float | None = None,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
 ) -> dict[str, Any]:
     """The `evaluate` document of `models` against the float32 original, on a .txt or .jsonl file.
 
     `against` defaults to the model that a lowbit output was made from. `max_ppl_increase` (0.01 is 1 %) and `max_kl`
     are gates: each result's `gates` says whether it met them. `windows` takes only so many, spread evenly over the
     text. A lowbit output gets its result as evaluate.json.
+
+    `tasks` are names of the lm-evaluation-harness or YAML files (accuracy/tasks.py), `limit` takes only so many samples
+    of each; each result's `tasks` keeps every sample, `task_comparisons` every pair of models. With tasks and no
+    text, tasks are all that is measured (but of the demo on no server, which has a text).
+
+    With a `runtime` of another project (llama.cpp, vllm) its server is started for every model, from `program` or from
+    PATH; a model may be the URL of a running one, which serves the reference in some form. `floor` is the original in
+    that engine's own format, where it cannot read `against` itself; without it no noise floor is measured.
     """
     if not models:
         raise InputError("no model to evaluate: give at least one.")
+    if tasks and against is None and is_url(str(models[0])):
+        raise InputError(f"{models[0]}: say which model it serves with --against; its tokenizer is needed.")
     original = open_checkpoint(against if against is not None else _origin(models[0]))
     if original.quantization is not None:
         raise InputError(f"{original.name}: the reference is itself quantized; give the original with --against.")
+    asked = None
+    if tasks:
+        asked = evaluate_tasks([str(m) for m in models], original, tasks, runtime=runtime, limit=limit)
+        if text is None and (original.path != DEMO / "model" or any(is_url(str(m)) for m in models)):
+            return asked
     label = str(text)
     if text is None:
         if original.path != DEMO / "model":
@@ -61,18 +85,22 @@ def evaluate(
     if windows is not None and windows < len(cut):
         cut = cut[np.linspace(0, len(cut) - 1, windows).round().astype(int)]
 
-    floor_engine = load(original, runtime)
-    engines = [load(m, runtime) for m in models]
-    for name, engine in zip(models, engines, strict=True):
-        if engine.vocab_size != reference.vocab_size:
-            raise InputError(
-                f"{name}: has {engine.vocab_size} tokens and the reference {reference.vocab_size}: not comparable."
-            )
-    scores = measure(reference.logits, [e.logits for e in (floor_engine, *engines)], cut, reference.vocab_size)
-    truth, floor = scores[0], scores[1]
+    with ExitStack() as stack:
+        serving = Serving(window + 1, program=program)  # a server is asked about the token after a window, too
+        engines = [stack.enter_context(_start(m, original, runtime, serving)) for m in models]
+        for name, engine in zip(models, engines, strict=True):
+            if engine.vocab_size != reference.vocab_size:
+                raise InputError(
+                    f"{name}: has {engine.vocab_size} tokens and the reference {reference.vocab_size}: not comparable."
+                )
+        plain = _floor(original, floor, runtime, models)
+        if plain is not None:
+            engines.insert(0, stack.enter_context(load(plain, runtime, serving)))
+        truth, *scores = measure(reference.logits, [e.logits for e in engines], cut, reference.vocab_size)
+    noise = None if plain is None else _noise(engines.pop(0), scores.pop(0))
     results = [
         _result(str(name), engine, own, truth, max_ppl_increase, max_kl)
-        for name, engine, own in zip(models, engines, scores[2:], strict=True)
+        for name, engine, own in zip(models, engines, scores, strict=True)
     ]
     document = {
         "text": label,
@@ -85,20 +113,44 @@ def evaluate(
             "runtime": reference.runtime,
             "per_window": {"nll": truth.nll.tolist()},
         },
-        "noise_floor": {
-            "kl": float(floor.kl.mean()),
-            "top1_agreement": float(floor.agreement.mean()),
-            "perplexity": floor.perplexity,
-            "runtime": floor_engine.runtime,
-        },
+        "noise_floor": noise,
         "results": results,
-        "comparisons": _comparisons([str(m) for m in models], scores[2:]),
+        "comparisons": _comparisons([str(m) for m in models], scores),
     }
+    if asked is not None:
+        document["reference"] |= {"tasks": asked["reference"]["tasks"]}  # type: ignore[operator]
+        document["task_comparisons"] = asked["task_comparisons"]
+        for result, same in zip(results, asked["results"], strict=True):
+            result["tasks"] = same["tasks"]
     for name, result in zip(models, results, strict=True):
         result["domain"] = _domain(Path(name), ids, tokenizer)
         if (Path(name) / MANIFEST).exists():
             write_json(Path(name) / "evaluate.json", document | {"results": [result], "comparisons": []})
     return document
+
+
+def _start(model: str | Path, original: Checkpoint, runtime: Runtime, serving: Serving) -> Engine:
+    return attach(str(model), original) if is_url(str(model)) else load(model, runtime, serving)
+
+
+def _floor(
+    original: Checkpoint, floor: str | Path | None, runtime: Runtime, models: Sequence[str | Path]
+) -> Checkpoint | str | Path | None:
+    """What to measure the runtime's own noise on, or None where there is nothing: a server that runs already, and
+    llama.cpp without the original as GGUF."""
+    if floor is not None:
+        return floor
+    unreadable = runtime == "llama.cpp" and original.gguf is None
+    return None if unreadable or all(is_url(str(m)) for m in models) else original
+
+
+def _noise(engine: Engine, own: Scores) -> dict[str, Any]:
+    return {
+        "kl": float(own.kl.mean()),
+        "top1_agreement": float(own.agreement.mean()),
+        "perplexity": own.perplexity,
+        "runtime": engine.runtime,
+    }
 
 
 def _domain(model: Path, ids: np.ndarray, tokenizer: Any) -> dict[str, Any] | None:
@@ -150,23 +202,50 @@ def _result(
     increase = own.perplexity / truth.perplexity - 1
     ratio = own.nll - truth.nll  # log of the perplexity ratio, window by window
     kl = float(own.kl.mean())
-    limits = (("perplexity_increase", increase, max_ppl_increase), ("kl", kl, max_kl))
+    between, spread = perplexity_ratio(own.nll, truth.nll), mean_interval(own.kl)
+    limits = (
+        ("perplexity_increase", increase, max_ppl_increase, between.low - 1, between.high - 1),
+        ("kl", kl, max_kl, spread.low, spread.high),
+    )
     return {
         "model": name,
         "runtime": engine.runtime,
         "perplexity": own.perplexity,
         "perplexity_increase": increase,
         "perplexity_increase_stderr": Scores.stderr(ratio) * math.exp(ratio.mean()),
-        "perplexity_ratio": perplexity_ratio(own.nll, truth.nll).to_dict(),
-        "kl": {"mean": kl, "stderr": Scores.stderr(own.kl), "interval": mean_interval(own.kl).to_dict()},
+        "perplexity_ratio": between.to_dict(),
+        "kl": {"mean": kl, "stderr": Scores.stderr(own.kl), "interval": spread.to_dict()},
         "top1_agreement": float(own.agreement.mean()),
         "next_token_accuracy": float(own.right.mean()),
         "mcnemar": mcnemar(own.right, truth.right),
         "per_window": {"nll": own.nll.tolist(), "kl": own.kl.tolist()},
         "tasks": {},
         "gates": [
-            {"gate": gate, "limit": limit, "value": value, "met": value <= limit}
-            for gate, value, limit in limits
+            _gate(name, gate, value, limit, low, high, len(own.kl))
+            for gate, value, limit, low, high in limits
             if limit is not None
         ],
     }
+
+
+def _gate(name: str, gate: str, value: float, limit: float, low: float, high: float, windows: int) -> dict[str, Any]:
+    """Whether a limit is met; `decided` where the interval says the same. Warns how much text would decide it.
+
+    Raises InputError where there is no interval at all: a single window.
+    """
+    if windows < 2:
+        raise InputError(
+            f"the text fills a single window, and one value has no interval, so {gate} cannot be held against a limit: "
+            "give more text or lower --seq-len."
+        )
+    decided = not low <= limit <= high
+    if not decided:
+        needed = windows * ((high - low) / 2 / max(abs(value - limit), 1e-3 * limit, 1e-12)) ** 2
+        note(
+            f"warning: {name}: the text is too short to decide {gate}: {value:.4g}, 95 % interval {low:.4g} to "
+            f"{high:.4g}, limit {limit:.4g}; about {needed:.0f} windows would, this text has {windows}."
+        )
+    return {
+        "gate": gate, "limit": limit, "value": value, "met": value <= limit, "interval": {"low": low, "high": high},
+        "decided": decided,
+    }  # fmt: skip

@@ -2,6 +2,10 @@
 
 The text is tokenized once without special tokens and cut into non-overlapping windows; every token but a window's
 first is predicted (the convention of the GPTQ paper). All from float32 log-softmax, natural logarithm.
+
+A server may report only its likeliest tokens. What it leaves for all others is then taken to be spread as in the
+reference, so that they add sum_rest p log(p_rest / q_rest) to the divergence, which is exact for the sets {each
+reported token, all others} and no more than the true one.
 """
 
 from collections.abc import Callable, Sequence
@@ -57,10 +61,20 @@ def measure(reference: Logits, models: Sequence[Logits], windows: Tensor, vocabu
         truth = reference(tokens)[:, :-1].log_softmax(-1)
         best, likely = truth.argmax(-1), truth.exp()
         for n, logits in enumerate([None, *models]):
-            own = truth if logits is None else logits(tokens)[:, :-1].log_softmax(-1)
+            own = truth if logits is None else _completed(logits(tokens)[:, :-1], truth).log_softmax(-1)
             nll = -own.gather(-1, tokens[:, 1:, None]).squeeze(-1)
             kl = (likely * (truth - own)).sum(-1)
             top = own.argmax(-1)
             agreement = (top == best).double().mean(1)
             rows[n].append((nll.double().mean(1), kl.double().mean(1), agreement, top == tokens[:, 1:]))
     return [Scores(*(torch.cat(column).numpy() for column in zip(*parts, strict=True))) for parts in rows]
+
+
+def _completed(own: Tensor, truth: Tensor) -> Tensor:
+    """Log-probabilities of which some are -inf (not reported), these filled in; anything else as it is."""
+    unknown = own == -torch.inf
+    if not bool(unknown.any()):
+        return own
+    left = (1 - own.exp().sum(-1, keepdim=True)).clamp_min(1e-9).log()
+    hidden = truth.where(unknown, -torch.inf)
+    return torch.where(unknown, left + hidden - hidden.logsumexp(-1, keepdim=True), own)

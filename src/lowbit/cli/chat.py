@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from lowbit.cli.options import Json, Quiet, Runtime, Verbose, begin, check_runtime, write_document
+from lowbit.cli.options import Json, Program, Quiet, Runtime, Verbose, begin, check_runtime, write_document
 from lowbit.console import note
 from lowbit.errors import InputError
 
@@ -34,6 +34,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Seed of the draws (default: a fresh one).")] = None,
     prompt_lookup: Annotated[int, typer.Option(metavar="K", help="Guess K tokens ahead from the text (0: off).")] = 0,
     runtime: Runtime = "auto",
+    program: Program = None,
     json: Json = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -43,17 +44,19 @@ def chat(
     kind = check_runtime(runtime)
     from lowbit.runtime.engine import load
     from lowbit.runtime.sampling import SamplingParams, fresh_seed
+    from lowbit.runtime.server import Serving
 
     params = SamplingParams(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
         max_new_tokens=max_new_tokens, stop=tuple(stop or ()), seed=fresh_seed() if seed is None else seed,
     )  # fmt: skip
-    engine = load(path, kind)
-    talk = Talk(engine, params, prompt_lookup, sys.stderr if json == "-" else sys.stdout, system)
-    if prompt is not None:
-        talk.turn(prompt)
-    else:
-        _interactive(talk)
+    engine = load(path, kind, Serving(program=program))
+    with engine:
+        talk = Talk(engine, params, prompt_lookup, sys.stderr if json == "-" else sys.stdout, system)
+        if prompt is not None:
+            talk.turn(prompt)
+        else:
+            _interactive(talk)
     document = {"model": path, "runtime": engine.runtime, "template": talk.template, "turns": talk.turns}
     write_document("chat", document, json, params.seed or 0)
     if prompt is not None and talk.turns[-1]["finish"] == "interrupted":

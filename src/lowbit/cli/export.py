@@ -9,15 +9,22 @@ from lowbit.cli.options import Json, Quiet, Seed, Verbose, begin, finish, megaby
 
 
 def export(
-    model: Annotated[str, typer.Argument(help="A lowbit output, another quantized directory, or for gguf any model.")],
-    format: Annotated[str, typer.Option("--format", help="gguf, gptq, awq or modelopt.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The file (gguf) or directory to make.")],
+    model: Annotated[
+        str, typer.Argument(help="A lowbit output, another quantized directory; for gguf, onnx and litert any model.")
+    ],
+    format: Annotated[str, typer.Option("--format", help="gguf, gptq, awq, modelopt, onnx or litert.")],
+    output: Annotated[Path, typer.Option("--output", "-o", help="The file (gguf, litert) or directory to make.")],
     type_: Annotated[
-        str | None, typer.Option("--type", metavar="q4_k_m", help="GGUF, full-precision models: what to quantize to.")
+        str | None,
+        typer.Option(
+            "--type",
+            metavar="q4_k_m",
+            help="Full-precision models: a GGUF type; ONNX, LiteRT: int8, float.",
+        ),
     ] = None,
     method: Annotated[str | None, typer.Option(help="GGUF: gptq (default) or search.")] = None,
     calibration: Annotated[
-        str | None, typer.Option(metavar="FILE|hub:NAME", help="GGUF: text to calibrate on.")
+        str | None, typer.Option(metavar="FILE|hub:NAME", help="GGUF: text to calibrate on; images: pixel_values.")
     ] = None,
     samples: Annotated[int, typer.Option(help="Calibration windows.")] = 128,
     seq_len: Annotated[int, typer.Option(help="Tokens a window.")] = 512,
@@ -30,7 +37,7 @@ def export(
     quiet: Quiet = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write a model in another project's format: llama.cpp's GGUF, or GPTQ, AWQ and ModelOpt directories."""
+    """Write a model in another project's format: llama.cpp's GGUF, GPTQ, AWQ and ModelOpt directories, ONNX, LiteRT."""
     begin(quiet, verbose)
     from lowbit.exporting import Request
     from lowbit.exporting import export as run
@@ -43,6 +50,14 @@ def export(
 
 def summary(document: dict[str, Any]) -> str:
     text = f"{document['output']}: {document['format']}, {megabytes(document['bytes'])}"
+    if document["format"] in ("onnx", "litert"):
+        engine = {"onnx": "ONNX Runtime", "litert": "LiteRT"}[document["format"]]
+        agreement = document["agreement"]
+        return (
+            f"{text}, {document['type']}\n{engine} against lowbit, {agreement['positions']} positions: same largest "
+            f"{agreement['top1_agreement']:.1%}, mean difference of log-probabilities "
+            f"{agreement['mean_log_probability_difference']:.2g}"
+        )
     if document["format"] != "gguf":
         return f"{text}, {document['linears']} linears; largest weight difference {document['largest_difference']:.2g}"
     text += f", {document['type']} ({document['method']})"

@@ -1,11 +1,14 @@
 """lowbit evaluate, lowbit bench"""
 
+import tempfile
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from lowbit.cli.options import (
     Json,
+    Program,
     Quiet,
     Runtime,
     Seed,
@@ -19,10 +22,11 @@ from lowbit.cli.options import (
     percent,
     seconds,
     table,
+    words,
 )
 from lowbit.errors import QualityGateError
 
-Models = Annotated[list[str], typer.Argument(help="Model directories, hub ids, 'demo', or for bench URLs.")]
+Models = Annotated[list[str], typer.Argument(help="Model directories, GGUF files, hub ids, 'demo', or servers' URLs.")]
 Against = Annotated[str | None, typer.Option(help="The model to compare with.")]
 
 
@@ -31,9 +35,15 @@ def evaluate(
     against: Against = None,
     text: Annotated[str | None, typer.Option(metavar="FILE", help="A .txt or .jsonl to measure on.")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens a window (default: the context, at most 2048).")] = None,
+    windows: Annotated[int | None, typer.Option(help="Only so many windows, spread over the text.", min=1)] = None,
     max_ppl_increase: Annotated[str | None, typer.Option(metavar="1%", help="Gate: exit 3 above this.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Gate: exit 3 above this KL divergence.", min=0)] = None,
+    tasks: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Tasks of lm-evaluation-harness, or YAML files of yours.")
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Of each task only so many samples.")] = None,
     runtime: Runtime = "auto",
+    program: Program = None,
     trust_remote_code: Trust = False,
     json: Json = None,
     quiet: Quiet = False,
@@ -41,31 +51,42 @@ def evaluate(
 ) -> None:
     """Measure accuracy: perplexity, KL divergence and agreement with the original."""
     begin(quiet, verbose, trust_remote_code)
-    limit = percent(max_ppl_increase, "--max-ppl-increase")
+    most = percent(max_ppl_increase, "--max-ppl-increase")
     kind = check_runtime(runtime)
     from lowbit.accuracy import evaluate as run
 
-    document = run(models, text, against=against, seq_len=seq_len, runtime=kind, max_ppl_increase=limit, max_kl=max_kl)
-    finish("evaluate", document, json, accuracy_table(document))
-    missed = [(r["model"], g) for r in document["results"] for g in r["gates"] if not g["met"]]
+    with tempfile.TemporaryDirectory() as work:
+        floor = _original_as_gguf(against, Path(work)) if kind == "llama.cpp" else None
+        document = run(
+            models, text, against=against, seq_len=seq_len, windows=windows, runtime=kind, program=program,
+            floor=floor, max_ppl_increase=most, max_kl=max_kl, tasks=words(tasks), limit=limit,
+        )  # fmt: skip
+    shown = [accuracy_table(document)] if "text" in document else []
+    finish("evaluate", document, json, "\n\n".join([*shown, *([task_table(document)] if tasks else [])]))
+    missed = [(r["model"], g) for r in document["results"] for g in r.get("gates", ()) if not g["met"]]
     if missed:
         lines = [f"{m}: {g['gate']} is {g['value']:.4g}, above the limit {g['limit']:.4g}" for m, g in missed]
         raise QualityGateError("quality gate not met: " + "; ".join(lines))
 
 
+def _original_as_gguf(original: str | None, work: Path) -> Path | None:
+    """The model to compare with, for llama.cpp's noise floor: in full precision, as a file of its own."""
+    if original is None or original.endswith(".gguf"):
+        return None
+    from lowbit.exporting import export
+
+    file = work / "original.gguf"
+    export(original, file, "gguf", type="f32")
+    return file
+
+
 def accuracy_table(document: dict[str, Any]) -> str:
     reference, floor = document["reference"], document["noise_floor"]
-    rows = [
-        [f"{reference['model']} (reference)", f"{reference['perplexity']:.4f}", "", "", "", reference["runtime"]],
-        [
-            "noise floor",
-            f"{floor['perplexity']:.4f}",
-            f"{floor['perplexity'] / reference['perplexity'] - 1:+.2%}",
-            f"{floor['kl']:.5f}",
-            f"{floor['top1_agreement']:.1%}",
-            floor["runtime"],
-        ],
-    ]
+    rows = [[f"{reference['model']} (reference)", f"{reference['perplexity']:.4f}", "", "", "", reference["runtime"]]]
+    if floor is not None:
+        increase = floor["perplexity"] / reference["perplexity"] - 1
+        row = ["noise floor", f"{floor['perplexity']:.4f}", f"{increase:+.2%}", f"{floor['kl']:.5f}"]
+        rows.append([*row, f"{floor['top1_agreement']:.1%}", floor["runtime"]])
     for r in document["results"]:
         rows.append(
             [
@@ -80,6 +101,38 @@ def accuracy_table(document: dict[str, Any]) -> str:
     head = f"{document['text']}: {document['tokens']} tokens in {document['windows']} windows of {document['seq_len']}"
     shown = head + "\n" + table(["model", "perplexity", "increase", "KL", "same top token", "runtime"], rows)
     return "\n".join([shown, *map(_comparison, document["comparisons"])])
+
+
+def task_table(document: dict[str, Any]) -> str:
+    """Every task's metrics, and for each model what speaks for a difference from the reference."""
+    reference = document["reference"]
+    rows = [[f"{reference['model']} (reference)", *r] for r in _task_cells(reference["tasks"])]
+    rows += [[result["model"], *r] for result in document["results"] for r in _task_cells(result["tasks"])]
+    return "\n".join(
+        [
+            table(["model", "task", "samples", "metric", "value"], rows),
+            *map(_task_comparison, document["task_comparisons"]),
+        ]
+    )
+
+
+def _task_cells(tasks: dict[str, Any]) -> list[list[str]]:
+    return [
+        [task, str(t["n"]), metric, f"{m['value']:.4f}" + ("" if m["stderr"] is None else f" ± {m['stderr']:.4f}")]
+        for task, t in tasks.items()
+        for metric, m in t["metrics"].items()
+    ]
+
+
+def _task_comparison(c: dict[str, Any]) -> str:
+    d, m = c["difference"], c["mcnemar"]
+    test = (
+        ""
+        if m is None
+        else f", {m['only_own']} only here, {m['only_other']} only there, McNemar p = {m['p_value']:.2g}"
+    )
+    around = f"{d['confidence']:.0%}: {d['low']:+.4f} to {d['high']:+.4f}"
+    return f"{c['model']} against {c['against']}: {c['task']} {c['metric']} {d['estimate']:+.4f} ({around}{test})"
 
 
 def _comparison(c: dict[str, Any]) -> str:
@@ -108,6 +161,7 @@ def bench(
     max_ttft: Annotated[str | None, typer.Option(metavar="200ms", help="Of a server: limit for goodput.")] = None,
     max_tpot: Annotated[str | None, typer.Option(metavar="20ms", help="Of a server: limit for goodput.")] = None,
     runtime: Runtime = "auto",
+    program: Program = None,
     seed: Seed = 0,
     trust_remote_code: Trust = False,
     json: Json = None,
@@ -131,6 +185,7 @@ def bench(
         precision=percent(precision, "--precision"),
         load=Load(requests, rate=rate, max_ttft=first, max_tpot=each),
         runtime=kind,
+        program=program,
         seed=seed,
     )
     finish("bench", document, json, speed_table(document), seed)
@@ -158,15 +213,22 @@ def speed_table(document: dict[str, Any]) -> str:
                 "" if r["mbu"] is None else f"{r['mbu']:.0%}",
                 "" if r["weight_bytes"] is None else megabytes(r["weight_bytes"]),
                 "" if r["peak_memory_bytes"] is None else megabytes(r["peak_memory_bytes"]),
+                "" if r["energy"]["joules_per_token"] is None else f"{r['energy']['joules_per_token']:.3g} J",
             ]
         )
     headers = ["model", "tokens x batch", "TTFT", "TPOT", "speed-up", "tokens/s", "MBU", "weights", "peak memory"]
+    reasons = {r["energy"]["unavailable"] for r in document["results"]}
+    if None in reasons:
+        headers.append("energy/token")
+    else:
+        rows = [row[:-1] for row in rows]
     runtimes = "\n".join(dict.fromkeys(f"{r['model']}: {r['runtime']}" for r in document["results"]))
     served = [_load_line(r) for r in document["results"] if "load" in r]
     if served:
         return "\n".join([table(headers, rows), *served])
     peak = f"read bandwidth measured here: {document['peak_bandwidth_bytes_per_s'] / 1e9:.1f} GB/s"
-    return table(headers, rows) + "\n" + peak + "\n" + runtimes
+    energy = [f"energy: unavailable: {reason}" for reason in reasons if reason]
+    return "\n".join([table(headers, rows), peak, *energy, runtimes])
 
 
 def _load_line(row: dict[str, Any]) -> str:

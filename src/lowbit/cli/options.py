@@ -23,8 +23,16 @@ Trust = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run Python code that comes with a model. Read it first."),
 ]
+RUNTIMES = ("auto", "transformers", "bfloat16", "float32", "llama.cpp", "vllm")
 Runtime = Annotated[
-    str, typer.Option(help="What computes: auto, transformers, or bfloat16 and float32 (weights dequantized).")
+    str,
+    typer.Option(
+        help="What computes: auto, transformers, bfloat16 and float32 (weights dequantized), llama.cpp or vllm (their "
+        "servers, started and stopped)."
+    ),
+]
+Program = Annotated[
+    str | None, typer.Option(metavar="PATH", help="For llama.cpp and vllm: the server's program (default: on PATH).")
 ]
 
 
@@ -35,9 +43,8 @@ def begin(quiet: bool, verbose: bool, trust_remote_code: bool = False) -> None:
 
 
 def check_runtime(value: str) -> Any:
-    known = ("auto", "transformers", "bfloat16", "float32")
-    if value not in known:
-        raise InputError(f"unknown runtime {value!r}. {nearest(value, known)}")
+    if value not in RUNTIMES:
+        raise InputError(f"unknown runtime {value!r}. {nearest(value, RUNTIMES)}")
     return value
 
 

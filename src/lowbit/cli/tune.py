@@ -35,6 +35,9 @@ def tune(
     time_limit: Annotated[str | None, typer.Option(metavar="30min", help="For one candidate's job.")] = None,
     memory_limit: Annotated[str | None, typer.Option(metavar="8GB", help="For one candidate's job.")] = None,
     repeats: Annotated[int, typer.Option(help="Counted runs of each speed measurement, at least.")] = 5,
+    exhaustive: Annotated[
+        bool, typer.Option("--exhaustive", help="Make and measure every candidate, even the hopeless.")
+    ] = False,
     seed: Seed = 0,
     resume: Annotated[bool, typer.Option("--resume", help="Go on: finished candidates are kept.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,
@@ -74,6 +77,7 @@ def tune(
         task=task,  # type: ignore[arg-type]
         catalog=catalog,
         repeats=repeats,
+        exhaustive=exhaustive,
         seed=seed,
         resume=resume,
         force=force,

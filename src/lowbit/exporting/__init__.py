@@ -10,9 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from lowbit.errors import InputError, nearest
+from lowbit.exporting import litert
 from lowbit.exporting.directory import export_directory
 from lowbit.exporting.gguf import Request, export_gguf
+from lowbit.exporting.litert import export_litert
+from lowbit.exporting.onnx import export_onnx
 from lowbit.formats import awq, gguf_grids, gptq, modelopt
+from lowbit.formats import onnx as onnx_format
 from lowbit.model.checkpoint import Checkpoint, open_checkpoint
 from lowbit.model.load import open_source, skeleton
 from lowbit.scheme import Scheme
@@ -25,7 +29,10 @@ FORMATS: dict[str, Callable[[Scheme], str | None]] = {
     "gptq": gptq.supports,
     "awq": awq.supports,
     "modelopt": modelopt.supports,
+    "onnx": onnx_format.supports,
+    "litert": litert.supports,
 }
+FULL_PRECISION = ("gguf", "onnx", "litert")  # formats that a model is also quantized to here
 
 
 def export(
@@ -39,21 +46,31 @@ def export(
 ) -> dict[str, Any]:
     """Write `model` to `output` in a format of FORMATS; returns the `export` document.
 
-    `gguf` also quantizes full-precision models, as `request` (or its words) says; the other formats carry over what
-    `lowbit quantize` made. Raises InputError for a scheme the format cannot hold, naming the formats that can.
+    `gguf`, `onnx` and `litert` also quantize full-precision models, as `request` (or its words) says; the other
+    formats carry over what `lowbit quantize` made. Raises InputError for a scheme the format cannot hold, naming those
+    that can.
     """
     if format not in FORMATS:
         raise InputError(f"unknown format {format!r}. {nearest(format, FORMATS)}")
     request = replace(request or Request(), **words)
     target = Path(output)
     checkpoint = open_checkpoint(model)
-    if checkpoint.gguf is not None:
-        raise InputError(f"{checkpoint.name}: is a GGUF file; export the model that it was made from.")
+    if checkpoint.gguf is not None and format == "gguf" and not checkpoint.gguf.plain:
+        raise InputError(
+            f"{checkpoint.name}: is a quantized GGUF file already; export the model that it was made from."
+        )
     _check_scheme(checkpoint, format)
     head = {"model": checkpoint.name, "output": str(target), "format": format}
     if format == "gguf":
         _check_file(target, force=force)
         return head | export_gguf(checkpoint, target, request)
+    if format == "onnx":
+        _check_words(request, format)
+        return head | export_onnx(checkpoint, target, request, force=force)
+    if format == "litert":
+        _check_words(request, format)
+        _check_file(target, force=force)
+        return head | export_litert(checkpoint, target, request)
     if request != Request():
         raise InputError(
             f"--type, --method and calibration are for --format gguf; {format} carries over what is there."
@@ -63,7 +80,7 @@ def export(
 
 def _check_scheme(checkpoint: Checkpoint, format: str) -> None:
     schemes = open_source(skeleton(checkpoint), checkpoint).schemes
-    if not schemes and format != "gguf":
+    if not schemes and format not in FULL_PRECISION:
         raise InputError(
             f"{checkpoint.name}: not quantized, so there is nothing to carry over to {format}. First: lowbit quantize "
             f"{checkpoint.name} -o OUT --scheme ...; then export OUT."
@@ -79,9 +96,14 @@ def _check_scheme(checkpoint: Checkpoint, format: str) -> None:
             )
 
 
+def _check_words(request: Request, format: str) -> None:
+    if request.method is not None or request.override:
+        raise InputError(f"--format {format} has no --method and no --override: --type int8 or float says it all.")
+
+
 def _check_file(path: Path, *, force: bool) -> None:
     if path.is_dir():
-        raise InputError(f"{path}: is a directory; give the name of a .gguf file to make.")
+        raise InputError(f"{path}: is a directory; give the name of a file to make.")
     if path.exists() and not force:
         raise InputError(f"{path}: exists. Give another name, or replace it with --force.")
     if not path.absolute().parent.is_dir():

@@ -36,6 +36,11 @@ class GGUFModel:
     places: dict[str, tuple[str, str, tuple[int, ...], int]] = field(repr=False)
     bits: dict[str, int] = field(repr=False)  # of the linears that are offered as codes
 
+    @property
+    def plain(self) -> bool:
+        """Whether all weights are in full precision."""
+        return all(isinstance(entry.type, FloatType) for entry in self.file.tensors.values())
+
     def get(self, name: str) -> Tensor:
         """An offered tensor; floats in float32."""
         there = self.places[name][0]

@@ -187,6 +187,35 @@ def _rope_cpu(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return out
 
 
+@torch.library.custom_op("lowbit::add_gram", mutates_args={"total"})
+def add_gram(total: Tensor, x: Tensor) -> None:
+    """total (n, n) float32 += xᵀ x for x (rows, n) of any float dtype. Only the lower triangle is promised."""
+    reference.add_gram(total, x)
+
+
+@add_gram.register_fake
+def _(total: Tensor, x: Tensor) -> None:
+    return None
+
+
+def _add_gram_cpu(total: Tensor, x: Tensor) -> None:
+    if x.dtype == torch.bfloat16:
+        native_add_gram(total, x)
+    else:
+        reference.add_gram(total, x)
+
+
+def native_add_gram(total: Tensor, x: Tensor, isa: str | None = None) -> None:
+    """The C++ `add_gram`, in the calling thread."""
+    rows, n = x.shape
+    if x.dtype != torch.bfloat16 or total.dtype != torch.float32:
+        raise ValueError(f"expected bfloat16 rows and a float32 total, got {x.dtype} and {total.dtype}")
+    if total.shape != (n, n) or not total.is_contiguous():
+        raise ValueError(f"expected a contiguous total of {n} x {n}, got {tuple(total.shape)}")
+    x = x.detach().contiguous()
+    native.gram(x.data_ptr(), rows, n, total.data_ptr(), isa)
+
+
 @torch.library.custom_op("lowbit::hadamard", mutates_args=())
 def hadamard(x: Tensor) -> Tensor:
     """Orthonormal Walsh-Hadamard transform of the last dimension, in blocks of its largest power of two."""
@@ -264,4 +293,6 @@ if native is not None:
     glu.register_kernel("cpu")(_glu_cpu)
     rope.register_kernel("cpu")(_rope_cpu)
     hadamard.register_kernel("cpu")(_hadamard_cpu)
+    if native.isa() == "avx512bf16":  # elsewhere bf16 products are emulated, and torch's float ones are faster
+        add_gram.register_kernel("cpu")(_add_gram_cpu)
     attention.register_kernel("cpu")(_attention_cpu)

@@ -163,6 +163,13 @@ def rope(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.cat([a * c - b * s, b * c + a * s, x[..., 2 * half :]], -1)
 
 
+def add_gram(total: Tensor, x: Tensor) -> None:
+    """total (n, n) += xᵀ x, blocks on and below the diagonal; x (rows, n) of any float dtype."""
+    rows = x.float()
+    for i in range(0, x.shape[1], 128):
+        total[i : i + 128, : i + 128].addmm_(rows[:, i : i + 128].T, rows[:, : i + 128])
+
+
 def hadamard(x: Tensor) -> Tensor:
     """Orthonormal Walsh-Hadamard transform of the last dimension, in blocks of its largest power of two."""
     n = x.shape[-1]

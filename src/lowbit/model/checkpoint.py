@@ -75,7 +75,7 @@ class Checkpoint:
     def quantization(self) -> dict[str, Any] | None:
         """How the weights are quantized, in the words of the tool that did it; None for an ordinary model."""
         if self.gguf is not None:
-            return {"quant_method": "gguf", "bits": self.gguf.bits}
+            return None if self.gguf.plain else {"quant_method": "gguf", "bits": self.gguf.bits}
         config = self.config.get("quantization_config")
         for file, method in _QUANTIZATION_FILES.items():  # older GPTQ and ModelOpt files say it here only
             if config is None and (self.path / file).exists():

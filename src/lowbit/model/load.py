@@ -16,6 +16,7 @@ from transformers.utils import logging as hf_logging
 
 from lowbit.errors import InputError
 from lowbit.formats.compressed_tensors import unpack_input
+from lowbit.formats.gguf_tokenizer import read_tokenizer
 from lowbit.formats.readers import find_reader
 from lowbit.model.checkpoint import FLOAT_TYPES, Checkpoint
 from lowbit.model.linearize import linearize
@@ -245,11 +246,19 @@ def quiet_transformers() -> Iterator[None]:
 
 def load_tokenizer(checkpoint: Checkpoint) -> Any:
     """The model's tokenizer. Raises InputError if there is none that can be read."""
-    if checkpoint.gguf is not None:
+    tokenizer = _stored_tokenizer(checkpoint)
+    rows = checkpoint.text_config.get("vocab_size")
+    if isinstance(rows, int) and len(tokenizer) > rows:
         raise InputError(
-            f"{checkpoint.name}: lowbit does not read tokenizers from GGUF files; name the model that it was made from "
-            "(evaluate: --against)."
+            f"{checkpoint.path}: the tokenizer has {len(tokenizer)} tokens but the embedding only {rows} rows: they "
+            "belong to different models."
         )
+    return tokenizer
+
+
+def _stored_tokenizer(checkpoint: Checkpoint) -> Any:
+    if checkpoint.gguf is not None:
+        return read_tokenizer(checkpoint.gguf.file.metadata, checkpoint.name)
     if not any(
         (checkpoint.path / f).exists() for f in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
     ):
@@ -259,18 +268,11 @@ def load_tokenizer(checkpoint: Checkpoint) -> Any:
         )
     try:
         with quiet_transformers():
-            tokenizer = AutoTokenizer.from_pretrained(checkpoint.path)
+            return AutoTokenizer.from_pretrained(checkpoint.path)
     except Exception as error:  # the tokenizer's loaders raise many unrelated types; the files are at fault
         raise InputError(
             f"{checkpoint.path}: the tokenizer cannot be loaded: {str(error).splitlines()[0][:300]}"
         ) from error
-    rows = checkpoint.text_config.get("vocab_size")
-    if isinstance(rows, int) and len(tokenizer) > rows:
-        raise InputError(
-            f"{checkpoint.path}: the tokenizer has {len(tokenizer)} tokens but the embedding only {rows} rows: they "
-            "belong to different models."
-        )
-    return tokenizer
 
 
 def compute_dtype() -> torch.dtype:

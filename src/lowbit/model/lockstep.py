@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 import greenlet
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from lowbit.model.walk import Entry, InputGroup, linears
 from lowbit.tensor import InputGrid
@@ -31,6 +32,14 @@ class _Walker(greenlet.greenlet):
     seen: dict[str, Tensor]
     waiting: tuple[int, Tensor] | None
     output: Tensor
+
+
+def _hook_linears(
+    block: nn.Module, groups: Sequence[InputGroup], hook: Callable[[int | None, str], Any]
+) -> list[RemovableHandle]:
+    """Put hook(index of its group if it is in one, local name) before every linear of the block."""
+    group_of = {name: k for k, group in enumerate(groups) for name in group.names}
+    return [m.register_forward_pre_hook(hook(group_of.get(name), name)) for name, m in linears(block).items()]
 
 
 class Lockstep:
@@ -58,12 +67,7 @@ class Lockstep:
         for walker, entry in zip(self._walkers, entries, strict=True):
             walker.lockstep, walker.entry, walker.passed, walker.waiting = self, entry, set(), None
             walker.seen = {}
-        modules = linears(block)
-        group_of = {name: k for k, group in enumerate(groups) for name in group.names}
-        self._handles = [
-            module.register_forward_pre_hook(self._pause_and_round(group_of.get(name), name, activations))
-            for name, module in modules.items()
-        ]
+        self._handles = _hook_linears(block, groups, lambda k, name: self._pause_and_round(k, name, activations))
         self._handles += [block.get_submodule(n).register_forward_pre_hook(self._keep(n)) for n in watched]
 
     def _keep(self, name: str) -> Any:
@@ -153,11 +157,7 @@ class Recompute:
         self._entries = entries
         self._thread = threading.get_ident()
         self._wanted: int | None = None
-        group_of = {name: k for k, group in enumerate(groups) for name in group.names}
-        self._handles = [
-            module.register_forward_pre_hook(self._stop_or_round(group_of.get(name), name, activations))
-            for name, module in linears(block).items()
-        ]
+        self._handles = _hook_linears(block, groups, lambda k, name: self._stop_or_round(k, name, activations))
 
     def _stop_or_round(self, k: int | None, name: str, activations: Mapping[str, InputGrid]) -> Any:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:

@@ -12,6 +12,7 @@ def reproduce(document: dict[str, Any]) -> str:
     words = ["lowbit", "tune", str(document.get("model") or "MODEL")]
     increase, memory = number(limits.get("max_ppl_increase")), number(limits.get("max_memory"))
     words += ["--text", str(document["text"])] if document.get("text") else []
+    words += ["--calibration", str(document["calibration"])] if document.get("calibration") else []
     words += ["--max-ppl-increase", f"{100 * increase:.10g}%"] if increase is not None else []
     words += ["--max-memory", str(int(memory))] if memory is not None else []
     for key in ("max_kl", "max_ttft", "max_tpot"):
@@ -22,6 +23,7 @@ def reproduce(document: dict[str, Any]) -> str:
         for key in ("method", "scheme"):
             tried = dict.fromkeys(str(c.get(key)) for c in document.get("candidates") or [])
             words += [f"--{key}s", ",".join(tried)]
+    words += ["--exhaustive"] if document.get("exhaustive") else []
     words += ["--repeats", str(document["repeats"])] if document.get("repeats") else []
     words += ["--seed", str(document["seed"])] if document.get("seed") is not None else []
     words += ["-o", str(document.get("output") or "OUT")]

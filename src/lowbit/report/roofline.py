@@ -1,13 +1,17 @@
 """Times at sizes that were not measured: a roofline fitted to those that were.
 
-A step over some tokens reads every weight once and computes with it once a token (Williams, Waterman and Patterson,
-"Roofline", 2009). With reading and computing not overlapped the model is linear in what can be counted,
+A step reads every weight once, computes with it once a token, and for every token looks at all tokens before it
+(Williams, Waterman and Patterson, "Roofline", 2009). With reading and computing not overlapped the time is linear in
+what can be counted,
 
-    TPOT(batch, context)  = overhead + (weight bytes + batch x KV bytes(context)) / bandwidth + batch x weights / rate
-    TTFT(batch, prompt)   = overhead + weight bytes / bandwidth + batch x prompt x weights / rate
+    TPOT(batch, context) = fixed + per_sequence batch                          + per_pair batch x context
+    TTFT(batch, prompt)  = fixed + per_sequence batch + per_token batch prompt + per_pair batch x prompt^2 / 2
 
-and its three coefficients (>= 0) for each kind of time follow from non-negative least squares on relative errors.
-Scenarios that took no part in the fit say how far off it is: that error is shown wherever a prediction is.
+`fixed` is the overhead of a step and the reading of the weights (for one model they cannot be told apart),
+`per_sequence` the same where prompts are read one after the other, `per_token` the arithmetic of the linears,
+`per_pair` attention: reading the cache, or multiplying with it. The coefficients, none below 0, follow for each kind of
+time from non-negative least squares on relative errors. Scenarios that took no part in the fit say how far off it is:
+that error is shown wherever a prediction is.
 """
 
 from collections.abc import Sequence
@@ -20,19 +24,20 @@ from scipy.optimize import nnls
 
 @dataclass(frozen=True)
 class Line:
-    """seconds = overhead + bytes x per_byte + tokens x per_token"""
+    """seconds = fixed + sequences x per_sequence + tokens x per_token + pairs x per_pair"""
 
-    overhead: float
-    per_byte: float
+    fixed: float
+    per_sequence: float
     per_token: float
+    per_pair: float
 
-    def seconds(self, read: float, tokens: float) -> float:
-        return self.overhead + read * self.per_byte + tokens * self.per_token
+    def seconds(self, sequences: float, tokens: float, pairs: float) -> float:
+        return self.fixed + sequences * self.per_sequence + tokens * self.per_token + pairs * self.per_pair
 
 
 @dataclass(frozen=True)
 class Roofline:
-    """One model's: a line for each kind of time, and the bytes they are functions of."""
+    """One model's: a line for each kind of time, and the bytes that memory is computed from."""
 
     ttft: Line
     tpot: Line
@@ -43,8 +48,8 @@ class Roofline:
 
     def predict(self, prompt: int, output: int, batch: int) -> tuple[float, float]:
         """(TTFT, TPOT) in seconds."""
-        read = self.weight_bytes + batch * self.kv_bytes_per_token * (prompt + output / 2)
-        return self.ttft.seconds(self.weight_bytes, batch * prompt), self.tpot.seconds(read, batch)
+        first, each = _first(prompt, batch), _each(prompt, output, batch)
+        return self.ttft.seconds(*first), self.tpot.seconds(*each)
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -56,9 +61,8 @@ def fit(results: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]], k
     shapes = [
         (r["scenario"]["prompt_length"], r["scenario"]["output_length"], r["scenario"]["batch_size"]) for r in results
     ]
-    tpot_read = [weight_bytes + b * kv_bytes_per_token * (p + o / 2) for p, o, b in shapes]
-    ttft = _line([weight_bytes] * len(shapes), [b * p for p, _, b in shapes], [r["ttft_s"]["median"] for r in results])
-    tpot = _line(tpot_read, [b for _, _, b in shapes], [r["tpot_s"]["median"] for r in results])
+    ttft = _line([_first(p, b) for p, _, b in shapes], [r["ttft_s"]["median"] for r in results])
+    tpot = _line([_each(*shape) for shape in shapes], [r["tpot_s"]["median"] for r in results])
     seen = {k: [min(v), max(v)] for k, v in zip(("prompt", "output", "batch"), zip(*shapes, strict=True), strict=True)}
     plain = Roofline(ttft, tpot, weight_bytes, kv_bytes_per_token, seen, {"ttft": None, "tpot": None})
     errors: dict[str, list[float]] = {"ttft": [], "tpot": []}
@@ -71,14 +75,19 @@ def fit(results: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]], k
     return Roofline(ttft, tpot, weight_bytes, kv_bytes_per_token, seen, error)
 
 
-def _line(read: Sequence[float], tokens: Sequence[float], seconds: Sequence[float]) -> Line:
+def _first(prompt: int, batch: int) -> tuple[float, float, float]:
+    """(sequences, tokens, pairs of tokens) of reading the prompts."""
+    return batch, batch * prompt, batch * prompt**2 / 2
+
+
+def _each(prompt: int, output: int, batch: int) -> tuple[float, float, float]:
+    """The same of one step in the middle of the answer, a token a sequence."""
+    return batch, 0, batch * (prompt + output / 2)
+
+
+def _line(counts: Sequence[tuple[float, float, float]], seconds: Sequence[float]) -> Line:
     """Non-negative least squares of relative errors; columns are scaled so that none drowns in rounding."""
     y = np.array(seconds, dtype=float)
-    columns = np.stack([np.ones(len(y)), np.array(read, dtype=float), np.array(tokens, dtype=float)], 1)
-    scale = columns.max(0)
-    scale[scale == 0] = 1
-    found = nnls(columns / scale / y[:, None], np.ones(len(y)))[0] / scale
-    # reading and overhead cannot be told apart where all scenarios read the same: then it is reading
-    if np.ptp(columns[:, 1]) < 1e-9 * scale[1] and scale[1] > 0:
-        found[1], found[0] = found[1] + found[0] / columns[0, 1], 0.0
-    return Line(*(float(v) for v in found))
+    columns = np.concatenate([np.ones((len(y), 1)), np.array(counts, dtype=float)], 1)
+    scale = np.where(columns.any(0), columns.max(0), 1.0)
+    return Line(*(float(v) for v in nnls(columns / scale / y[:, None], np.ones(len(y)))[0] / scale))

@@ -19,13 +19,14 @@
   for (const [name, value] of Object.entries(defaults)) field(name).value = value;
   field("usd_per_hour").value = catalog.hardware[0]?.usd_per_hour ?? 0;
 
-  const line = (l, bytes, tokens) => l.overhead + bytes * l.per_byte + tokens * l.per_token;
+  const line = (l, sequences, tokens, pairs) => l.fixed + sequences * l.per_sequence + tokens * l.per_token + pairs * l.per_pair;
 
   function times(model, s) {
     const r = model.roofline, hardware = catalog.hardware.find((h) => h.name === s.hardware);
     const faster = hardware?.bandwidth_bytes_per_s && bandwidth ? hardware.bandwidth_bytes_per_s / bandwidth : 1;
-    const read = r.weight_bytes + s.batch * r.kv_bytes_per_token * (s.prompt + s.output / 2);
-    return { ttft_s: line(r.ttft, r.weight_bytes, s.batch * s.prompt) / faster, tpot_s: line(r.tpot, read, s.batch) / faster, scaled: faster !== 1 };
+    const first = line(r.ttft, s.batch, s.batch * s.prompt, (s.batch * s.prompt ** 2) / 2);
+    const each = line(r.tpot, s.batch, 0, s.batch * (s.prompt + s.output / 2));
+    return { ttft_s: first / faster, tpot_s: each / faster, scaled: faster !== 1 };
   }
 
   function own(model, s) {

@@ -3,10 +3,12 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 from torch import Tensor
 
+from lowbit.environment import peak_memory
 from lowbit.errors import InputError
 from lowbit.model.checkpoint import Checkpoint
 from lowbit.model.load import load_tokenizer
@@ -28,6 +30,7 @@ class Engine(ABC):
     weight_bytes_per_token: int  # weights that one decoding step reads: of the embedding table, one row
     kernels: dict[str, int]  # how many quantized linears run on which kernel
     batch_invariant = False  # whether a token's logits are the same bits whatever else a call computes
+    address: str | None = None  # the URL of the server that computes; None: this process does
 
     def __init__(self) -> None:
         self._held: list[int] = []  # the tokens whose keys and values `_compute` finds in the cache
@@ -75,6 +78,19 @@ class Engine(ABC):
     @property
     def context_length(self) -> int:
         return int(getattr(self.config, "max_position_embeddings", 2048))
+
+    def peak_memory(self) -> int:
+        """Peak resident set in bytes of what computes: this process, or a server (0 if it was not started here)."""
+        return peak_memory()
+
+    def stop(self) -> None:  # noqa: B027 (most engines have nothing to end)
+        """End what was started for this engine. Harmless where nothing was."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, _type: type | None, _value: BaseException | None, _trace: TracebackType | None) -> None:
+        self.stop()
 
     @abstractmethod
     def reserve(self, tokens: int) -> None:

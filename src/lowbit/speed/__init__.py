@@ -19,13 +19,15 @@ from typing import Any, Self
 import numpy as np
 
 from lowbit.artifact import MANIFEST, write_json
+from lowbit.client import is_url
 from lowbit.console import track
 from lowbit.errors import InputError, LowbitError
 from lowbit.intervals import CONFIDENCE, median_interval
 from lowbit.model.checkpoint import open_checkpoint
+from lowbit.runtime.server import Serving
 from lowbit.speed.bandwidth import measure_bandwidth
+from lowbit.speed.energy import NO_ENERGY
 from lowbit.speed.load import Load, load_test
-from lowbit.speed.stream import is_url
 
 __all__ = ["Load", "Scenario", "bench"]
 
@@ -45,11 +47,11 @@ class Scenario:
 class Worker:
     """A model in a process of its own (speed/worker.py)."""
 
-    def __init__(self, model: str, runtime: str) -> None:
+    def __init__(self, model: str, runtime: str, serving: Serving | None = None) -> None:
         self.model = model
         command = [sys.executable, "-m", "lowbit.speed.worker"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.facts = self.ask({"load": model, "runtime": runtime})
+        self.facts = self.ask({"load": model, "runtime": runtime, "serving": asdict(serving or Serving())})
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -77,7 +79,7 @@ class Worker:
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:
-            self._process.wait(timeout=10)
+            self._process.wait(timeout=30)
         except subprocess.TimeoutExpired:
             self._process.kill()
 
@@ -92,18 +94,21 @@ def bench(
     repeats: int = 5,
     precision: float | None = None,
     grid: Sequence[Scenario] = (),
+    grid_repeats: int = GRID_REPEATS,
     load: Load | None = None,
     runtime: str = "auto",
+    program: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """The `bench` document of `models`, and the ratios to `against` (above 1: better than it).
 
     With `precision` (0.02 is 2 %), rounds go on after `repeats` until half the interval of every model's ratio (of
     its time per token, without `against`) is within it, or until MOST_ROUNDS times as many have run. `grid` are more
-    scenarios, run GRID_REPEATS times each, for a model of times at other sizes; their rows are the document's `grid`.
+    scenarios, run `grid_repeats` times each, for a model of times at other sizes; their rows are the document's `grid`.
 
-    A model may be the URL of an OpenAI-compatible server: then `load` says how it is asked (speed/load.py), by default
-    as many clients at once as the batch size.
+    With a `runtime` of another project (llama.cpp, vllm) its server is started for every model, from `program` or from
+    PATH, and measured by its client. A model may be the URL of an OpenAI-compatible server: then `load` says how it is
+    asked (speed/load.py), by default as many clients at once as the batch size.
     """
     scenarios = [Scenario(p, o, b) for p in prompt_lengths for o in output_lengths for b in batch_sizes]
     for name, values, least in (
@@ -122,10 +127,14 @@ def bench(
     for name in names:
         open_checkpoint(name)  # refuse before anything starts
     peak = measure_bandwidth()
+    needed = [*scenarios, *grid]
+    serving = Serving(
+        max(s.prompt_length + s.output_length for s in needed), max(s.batch_size for s in needed), program
+    )
     with ExitStack() as stack:
-        workers = [stack.enter_context(Worker(name, runtime)) for name in names]
+        workers = [stack.enter_context(Worker(name, runtime, serving)) for name in names]
         runs = _alternate(workers, scenarios, repeats, seed, precision)
-        rough = _alternate(workers, list(grid), GRID_REPEATS, seed)
+        rough = _alternate(workers, list(grid), grid_repeats, seed)
     results = [
         _result(worker, scenario, runs[worker.model, scenario], peak) for scenario in scenarios for worker in workers
     ]
@@ -175,7 +184,7 @@ def _alternate(
             if r > 0:
                 runs[worker.model, scenario].append(reply)
 
-    rounds = [(s, r) for s in scenarios for r in range(repeats + 1)]
+    rounds = [(s, r) for r in range(repeats + 1) for s in scenarios]  # what drifts hits every scenario
     for scenario, r in track(rounds, "benchmarking", len(rounds)):
         play(scenario, r)
     if precision is not None:
@@ -211,7 +220,23 @@ def _result(worker: Worker, scenario: Scenario, runs: list[dict[str, Any]], peak
         "kv_bytes_per_context_token": _kv_bytes(scenario, runs[-1]),
         "peak_memory_bytes": memory,
         "memory_above_import_bytes": memory - runs[-1]["baseline_memory_bytes"],
+        "energy": _energy(scenario, runs, worker.facts["no_energy"]),
         "runs": {k: [r[k] for r in runs] for k in ("ttft_s", "tpot_s", "e2e_s")},
+    }
+
+
+def _energy(scenario: Scenario, runs: list[dict[str, Any]], why_not: str | None) -> dict[str, Any]:
+    """Joules per generated token and watts over the counted runs, by counter and in all; or why there are none."""
+    if why_not is not None:
+        return NO_ENERGY | {"unavailable": why_not}
+    tokens = scenario.batch_size * scenario.output_length
+    each = {name: float(np.median([r["energy_j"][name] for r in runs])) / tokens for name in runs[0]["energy_j"]}
+    in_all = [sum(r["energy_j"].values()) for r in runs]
+    return {
+        "joules_per_token": float(np.median(in_all)) / tokens,
+        "watts": float(np.median([j / r["seconds"] for j, r in zip(in_all, runs, strict=True)])),
+        "counters": each,
+        "unavailable": None,
     }
 
 

@@ -137,6 +137,12 @@ def summarize(url: str, prompt_length: int, output_length: int, load: Load, sent
         "mbu": None,
         "weight_bytes": None,
         "peak_memory_bytes": None,
+        "energy": {
+            "joules_per_token": None,
+            "watts": None,
+            "counters": {},
+            "unavailable": "the server is not this process",
+        },
         "load": {
             "kind": "closed" if load.rate is None else "open",
             "requests": len(sent),

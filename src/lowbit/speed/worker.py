@@ -1,7 +1,8 @@
 """One model in a process of its own, measured on request: `python -m lowbit.speed.worker` talks JSON lines.
 
-Standard input:   {"load": MODEL, "runtime": R}   then any number of   {"prompt_length": P, "output_length": O,
-"batch_size": B, "seed": S}.   Standard output: one JSON object for each, or {"error": ..., "exit_code": ...}.
+Standard input:   {"load": MODEL, "runtime": R, "serving": {...}}   then any number of   {"prompt_length": P,
+"output_length": O, "batch_size": B, "seed": S}.   Standard output: one JSON object for each, or {"error": ...,
+"exit_code": ...}.
 A fresh process makes peak memory mean something, and lets two models be measured alternately without sharing caches.
 """
 
@@ -12,8 +13,6 @@ import time
 from typing import Any
 
 import psutil
-
-from lowbit.environment import peak_memory
 
 LEAST_SECONDS = 0.25  # one reply: the median of as many generations as fill this, so that a hiccup is not the answer
 
@@ -27,6 +26,8 @@ def main() -> None:
     from lowbit.errors import LowbitError
     from lowbit.runtime.base import Engine
     from lowbit.runtime.engine import load
+    from lowbit.runtime.server import Serving
+    from lowbit.speed.energy import find_meter
 
     def timed(engine: Engine, prompts: torch.Tensor, output_length: int) -> tuple[float, float, float]:
         """Seconds of one generation: to the first token, per further token, and in all."""
@@ -37,12 +38,13 @@ def main() -> None:
 
     baseline = psutil.Process().memory_info().rss
     engine: Engine | None = None
+    meter = find_meter()
 
     def answer(request: dict[str, Any]) -> dict[str, Any]:
         nonlocal engine
         if "load" in request:
             start = time.perf_counter()
-            engine = load(request["load"], request["runtime"])
+            engine = load(request["load"], request["runtime"], Serving(**request["serving"]))
             return {
                 "load_s": time.perf_counter() - start,
                 "runtime": engine.runtime,
@@ -50,13 +52,16 @@ def main() -> None:
                 "context_length": engine.context_length,
                 "weight_bytes": engine.weight_bytes,
                 "weight_bytes_per_token": engine.weight_bytes_per_token,
+                "no_energy": meter.why_not,
             }
         assert engine is not None
         shape = (request["batch_size"], request["prompt_length"])
         prompts = torch.from_numpy(np.random.default_rng(request["seed"]).integers(0, engine.vocab_size, shape))
+        counted = meter.read()
         runs = [timed(engine, prompts, request["output_length"])]
         while sum(run[2] for run in runs) < LEAST_SECONDS:
             runs.append(timed(engine, prompts, request["output_length"]))
+        joules = meter.joules(counted, meter.read())
         ttft, tpot, e2e = sorted(runs, key=lambda run: run[2])[(len(runs) - 1) // 2]
         middle_context = request["prompt_length"] + request["output_length"] // 2
         return {
@@ -64,18 +69,24 @@ def main() -> None:
             "tpot_s": tpot,
             "e2e_s": e2e,
             "kv_bytes_per_token": engine.kv_bytes(middle_context) * request["batch_size"],
-            "peak_memory_bytes": peak_memory(),
-            "baseline_memory_bytes": baseline,
+            "peak_memory_bytes": engine.peak_memory(),
+            "baseline_memory_bytes": baseline if engine.address is None else 0,
+            "energy_j": {name: j / len(runs) for name, j in joules.items()},  # of one generation
+            "seconds": sum(run[2] for run in runs) / len(runs),
         }
 
-    for line in sys.stdin:
-        try:
-            reply = answer(json.loads(line))
-        except LowbitError as error:
-            reply = {"error": str(error), "exit_code": error.exit_code}
-        except MemoryError:
-            reply = {"error": "out of memory", "exit_code": 2}
-        print(json.dumps(reply), file=out, flush=True)
+    try:
+        for line in sys.stdin:
+            try:
+                reply = answer(json.loads(line))
+            except LowbitError as error:
+                reply = {"error": str(error), "exit_code": error.exit_code}
+            except MemoryError:
+                reply = {"error": "out of memory", "exit_code": 2}
+            print(json.dumps(reply), file=out, flush=True)
+    finally:
+        if engine is not None:
+            engine.stop()
 
 
 if __name__ == "__main__":

@@ -34,8 +34,11 @@ from lowbit.runtime.engine import load
 from lowbit.tuning.advice import Situation, Task, expect, guess_device
 from lowbit.tuning.candidates import Candidate, make_candidates
 from lowbit.tuning.decide import OBJECTIVES, Limits, measured, pareto, recommend, verdict
+from lowbit.tuning.expected import PLAIN, expected_seconds
+from lowbit.tuning.halving import KEEP
 from lowbit.tuning.isolate import JobLimits
-from lowbit.tuning.run import Job, Notebook, measure_accuracy, measure_speed, narrow, quantize_all
+from lowbit.tuning.run import Job, Notebook, judge, make_one, measure_accuracy, measure_speed, narrow, quantize_all
+from lowbit.tuning.search import search
 from lowbit.tuning.split import Split, write_split
 from lowbit.tuning.summary import summary
 
@@ -57,6 +60,7 @@ def tune(
     task: Task | None = None,
     catalog: str | Path | None = None,
     repeats: int = 5,
+    exhaustive: bool = False,
     seed: int = 0,
     resume: bool = False,
     force: bool = False,
@@ -66,7 +70,9 @@ def tune(
 
     Everything goes under `output`: candidates/NAME (loadable), data/ (the split), tune.json, report.html.
     `catalog` adds prices of hosted models and hardware to the report (report/catalog.py).
-    `calibration` replaces the calibration part of the user's own text. `job_limits` hold for each candidate's jobs;
+    With more than a few candidates only those are made that can still be the answer (search.py); `exhaustive` makes and
+    measures them all. `calibration` replaces the calibration part of the user's own text. `job_limits` hold for each
+    candidate's jobs.
     `limits` are the words of decide.Limits (max_ppl_increase=0.01, max_memory=..., optimize="tpot", ...).
     """
     output = Path(output).absolute()  # candidates are named by where they lie, wherever the user stands later
@@ -96,11 +102,14 @@ def tune(
         "seq_len": window,
         "seed": seed,
     }
-    job = Job(str(model), output, words, split, window, job_limits or JobLimits(), resume)
-    rows = quantize_all(job, sorted(candidates, key=lambda c: order.index(c.scheme)), notebook)
+    context = int(checkpoint.text_config.get("max_position_embeddings") or 2048)
+    job = Job(str(model), output, words, split, window, job_limits or JobLimits(), resume, context)
+    ordered = sorted(candidates, key=lambda c: order.index(c.scheme))
+    rows = _make(job, ordered, checkpoint, wanted, notebook, exhaustive)
     if not measured(rows):
-        raise InputError(f"no candidate could be made: {rows[0]['error']}")
-    narrow(job, rows, wanted, notebook)
+        raise InputError(f"no candidate is left: {rows[0]['error'] or rows[0]['dropped']}")
+    if not exhaustive:
+        narrow(job, rows, wanted, notebook)
     accuracy = measure_accuracy(job, rows, notebook)
     speed = measure_speed(job, rows, repeats, PRECISION, seed)
     for c in rows:
@@ -123,6 +132,8 @@ def tune(
         "expected": {"situation": vars(situation), "order": expected},
         "catalog": prices,
         "own_candidates": own_candidates,
+        "exhaustive": exhaustive,
+        "calibration": None if calibration is None else str(calibration),
         **_outcome(str(model), rows, accuracy["confirmation"], speed, wanted),
         "samples": _samples(str(model), measured(rows), split.confirmation, tokenizer),
     }
@@ -130,6 +141,24 @@ def tune(
         write_json(output / "tune.json", document)
         write_report(document, output / "report.html")
     return document
+
+
+def _make(
+    job: Job, candidates: list[Candidate], checkpoint: Checkpoint, limits: Limits, notebook: Notebook, exhaustive: bool
+) -> list[dict[str, Any]]:
+    """All candidates if they are few or nothing is known before they are made; else only those that may be the
+    answer."""
+    times = None
+    if len(candidates) > KEEP and not exhaustive and limits.optimize == "tpot":
+        times = expected_seconds(checkpoint, [c.scheme for c in candidates])
+    if times is None:
+        return quantize_all(job, candidates, notebook)
+    plain = times[PLAIN]
+    said = sorted((t, s) for s, t in times.items() if s != PLAIN)
+    note("expected speed-up of the linears: " + ", ".join(f"{s} {plain / t:.2f}x" for t, s in said))
+    return search(
+        candidates, times, plain, lambda c: make_one(job, c, notebook)[0], lambda row: judge(job, row, limits, notebook)
+    )
 
 
 def _outcome(
@@ -149,8 +178,16 @@ def _outcome(
         "grid": [] if speed is None else speed["grid"],
         "candidates": rows,
         "pareto": pareto(rows),
-        "recommendation": recommend(rows, limits, bench),
+        "recommendation": _with_hint(recommend(rows, limits, bench), rows),
     }
+
+
+def _with_hint(answer: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Where nothing that was made is the answer, what was not made may be."""
+    left = sum(c["path"] is None for c in rows)
+    if left and answer["name"] not in {c["name"] for c in rows}:
+        answer["reasons"].append(f"{left} candidates were not made; --resume --exhaustive makes them too")
+    return answer
 
 
 def _check_output(output: Path, *, resume: bool, force: bool) -> None:

@@ -9,8 +9,13 @@ from lowbit.scheme import Scheme
 from lowbit.tuning.mixed import AUTO, Budget
 
 SMALL = (("rtn", "w8a8"), ("gptq", "w8a8"), ("rtn", "w4a16"), ("gptq", "w4a16"))  # the demo: minutes on two cores
-SCHEMES = ("w8a8", "w4a16", "w4a16-g32", "w3a16-g32")  # for a model of the user's
+SCHEMES = ("w8a8", "w4a16", "w4a16-g32", "w3a16-g32")  # where the user says methods only
 MIXED = (4.25, 3.5)  # bits per weight
+FULL = (  # for a model of the user's: each scheme by the methods that were made for it, the best first
+    ("gptq", "w4a16"), ("awq+gptq", "w4a16"), ("hadamard+gptq", "w4a16"), ("gptq", "w4a16-g32"), ("gptq", "any4"),
+    ("gptq", "w8a8"), ("smoothquant+gptq", "w8a8"), ("hadamard+gptq", "w4a8"), ("gptq", "w3a16-g32"), ("quip", "e8p3"),
+    *(("gptq", f"{AUTO}{bits:g}") for bits in MIXED),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -33,16 +38,16 @@ def make_candidates(
     *,
     small: bool = False,
 ) -> tuple[Candidate, ...]:
-    """The product of what is given; what is not given has its default. Nothing given: SMALL if `small`, else SCHEMES
-    and MIXED by GPTQ. Group sizes multiply the weight-only integer schemes that say none themselves.
+    """The product of what is given; what is not given has its default. Nothing given: SMALL if `small`, else FULL.
+
+    A lattice goes with QuIP, all else with GPTQ where no method is said. Group sizes multiply the weight-only integer
+    schemes that say none themselves.
 
     Raises InputError for an unknown method, scheme or size, before anything is computed.
     """
     if not (methods or schemes or group_sizes or mixed):
-        if small:
-            return tuple(Candidate(m, s) for m, s in SMALL)
-        schemes, mixed = SCHEMES, MIXED
-    elif group_sizes and not schemes:
+        return tuple(Candidate(m, s) for m, s in (SMALL if small else FULL))
+    if group_sizes and not schemes:
         schemes = ("w4a16",)
     if any(size < 1 for size in group_sizes):
         raise InputError(f"--group-sizes: a group has at least 1 column, got {min(group_sizes)}.")
@@ -54,7 +59,12 @@ def make_candidates(
         parse_method(method)
     if not words:
         words = list(SCHEMES)
-    return tuple(dict.fromkeys(Candidate(m, w) for w in words for m in methods or ("gptq",)))
+    return tuple(dict.fromkeys(Candidate(m, w) for w in words for m in methods or (_method(w),)))
+
+
+def _method(scheme: str) -> str:
+    weight = None if scheme.startswith(AUTO) else Scheme.parse(scheme).weight
+    return "quip" if weight is not None and weight.kind == "e8p" else "gptq"
 
 
 def _with_groups(scheme: str, group_sizes: Sequence[int]) -> list[str]:

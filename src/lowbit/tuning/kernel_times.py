@@ -14,6 +14,7 @@ import torch
 from lowbit.errors import InputError
 from lowbit.kernels import pack
 from lowbit.kernels.ops import native_linear
+from lowbit.kernels.pack import PackedWeight
 from lowbit.numerics import scale_shape
 from lowbit.scheme import Scheme
 
@@ -24,20 +25,16 @@ _REPEATS = 5
 def product_seconds(shape: tuple[int, int], scheme: str) -> float:
     """Seconds of x (1, in) @ W^T for W of `shape` (out, in): the median over rounds of the mean over copies.
 
-    Raises InputError for a scheme that the kernels cannot carry.
+    The scheme 'none' is bfloat16. Raises InputError for a scheme that the kernels cannot carry.
     """
-    weight = Scheme.parse(scheme).weight
     if pack.native is None:
         raise InputError("a budget in time needs lowbit's compiled kernels; give it in bits or bytes.")
-    if weight is None or weight.kind != "int" or weight.granularity not in ("channel", "group"):
-        raise InputError(f"no kernel time for {scheme}: give a budget in bits or bytes, or integer schemes.")
     generator = torch.Generator().manual_seed(0)
-    codes = torch.randint(int(weight.qmin), int(weight.qmax) + 1, shape, generator=generator, dtype=torch.int8)
-    scale = torch.full(scale_shape(weight, shape), 0.01, dtype=torch.bfloat16)
     try:
-        packed = pack.pack_int(codes, scale, bits=weight.bits)
+        group = 32 if Scheme.parse(scheme).activation is None else 0  # columns a scale of the activations; 0: all
+        packed = _random(shape, Scheme.parse(scheme), group, generator)
         copies = max(1, min(16, _CACHE_BYTES // packed.nbytes))
-        weights = [packed, *(pack.pack_int(codes, scale, bits=weight.bits) for _ in range(copies - 1))]
+        weights = [packed, *(_random(shape, Scheme.parse(scheme), group, generator) for _ in range(copies - 1))]
     except ValueError as error:
         raise InputError(f"no kernel for {scheme} on {shape[0]} x {shape[1]}: {error}.") from error
     x = torch.randn(1, shape[1], generator=generator)
@@ -45,9 +42,25 @@ def product_seconds(shape: tuple[int, int], scheme: str) -> float:
     for _ in range(_REPEATS + 1):  # the first warms up
         start = time.perf_counter()
         for w in weights:
-            native_linear(w, x)
+            native_linear(w, x, group)
         rounds.append((time.perf_counter() - start) / len(weights))
     return float(np.median(rounds[1:]))
+
+
+def _random(shape: tuple[int, int], scheme: Scheme, group: int, generator: torch.Generator) -> PackedWeight:
+    """A matrix of random codes in the kernels' layout."""
+    weight = scheme.weight
+    if weight is None:
+        return pack.pack_bf16(torch.randn(shape, generator=generator, dtype=torch.bfloat16))
+    table = weight.kind in ("nf", "learned", "midrise") and weight.bits == 4
+    if weight.granularity not in ("channel", "group") or not (table or weight.kind == "int"):
+        raise InputError(f"no kernel time for {scheme}: give a budget in bits or bytes, or integer schemes.")
+    scale = torch.full(scale_shape(weight, shape), 0.01, dtype=torch.bfloat16)
+    if table:
+        codes = torch.randint(0, 16, shape, generator=generator, dtype=torch.int8)
+        return pack.pack_table(codes, scale, torch.linspace(-1, 1, 16)[None], act_group=group)
+    codes = torch.randint(int(weight.qmin), int(weight.qmax) + 1, shape, generator=generator, dtype=torch.int8)
+    return pack.pack_int(codes, scale, bits=weight.bits, act_group=group)
 
 
 def group_seconds(shapes: Sequence[tuple[int, int]], schemes: Sequence[str]) -> dict[tuple[int, int], list[float]]:

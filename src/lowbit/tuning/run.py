@@ -14,6 +14,7 @@ from lowbit import console
 from lowbit.artifact import write_json
 from lowbit.console import note
 from lowbit.errors import InputError, LowbitError
+from lowbit.intervals import mean_interval, perplexity_ratio
 from lowbit.speed import Scenario, bench
 from lowbit.tuning.candidates import Candidate
 from lowbit.tuning.decide import Limits, measured
@@ -21,7 +22,14 @@ from lowbit.tuning.halving import KEEP, RUNGS, Measured, dropped
 from lowbit.tuning.isolate import JobError, JobLimits, run_job
 from lowbit.tuning.split import Split
 
-GRID = tuple(Scenario(p, 16, b) for p in (16, 192) for b in (1, 4))  # what times at other sizes are predicted from
+SEARCH_WINDOWS = 32  # of the selection text, to judge a candidate that was just made
+_NEW, _LONGEST = 16, 768  # tokens of the grid's answers, and of its longest prompt
+
+
+def grid(context: int) -> tuple[Scenario, ...]:
+    """What times at other sizes are predicted from: short and long prompts, few and many sequences."""
+    sizes = ((16, 1), (16, 4), (16, 8), (64, 2), (192, 1), (192, 4), (384, 2), (_LONGEST, 1))
+    return tuple(dict.fromkeys(Scenario(min(p, context - _NEW), _NEW, b) for p, b in sizes))
 
 
 @dataclass(frozen=True)
@@ -35,6 +43,7 @@ class Job:
     window: int
     limits: JobLimits
     resume: bool
+    context: int = 2048  # of the model, in tokens
 
 
 @dataclass(frozen=True)
@@ -67,37 +76,62 @@ class Notebook:
 
 
 def quantize_all(job: Job, candidates: Sequence[Candidate], notebook: Notebook) -> list[dict[str, Any]]:
-    """One row a candidate: {name, scheme, method, path, error, quantize}. A failure is a row with its reason."""
+    """One row a candidate, with what is left to do said after each."""
     rows = []
     start, made = time.monotonic(), 0
     for n, candidate in enumerate(candidates, 1):
-        path = job.output / "candidates" / candidate.name
-        words = {**job.words, "scheme": candidate.scheme, "method": candidate.method}
-        row: dict[str, Any] = {
-            "name": candidate.name, "scheme": candidate.scheme, "method": candidate.method, "path": str(path),
-            "error": None,
-        }  # fmt: skip
-        key = f"quantize {candidate.name}"
-        known = notebook.get(key) if job.resume and path.is_dir() else None
-        if known is not None and known["words"] == words:
-            note(f"{candidate.name}: finished in an earlier run")
-            row["quantize"] = known["document"]
-        else:
-            note(f"{candidate.name}:")
-            resume = job.resume and (path.exists() or path.with_name(path.name + ".partial").exists())
-            request = {"job": "quantize", "model": job.model, "output": str(path), "words": words, "resume": resume}
-            try:
-                row["quantize"] = run_job(request | {"verbosity": console.verbosity()}, job.limits)
-                notebook.put(key, {"words": words, "document": row["quantize"]})
-            except JobError as error:
-                row["error"] = str(error)
-                note(f"{candidate.name}: failed: {error}")
-            made += 1
+        row, fresh = make_one(job, candidate, notebook)
+        made += fresh
         rows.append(row)
         if made and n < len(candidates):
             left = (time.monotonic() - start) / made * (len(candidates) - n)
             note(f"{n} of {len(candidates)} candidates, about {left:.0f} s left for the others")
     return rows
+
+
+def make_one(job: Job, candidate: Candidate, notebook: Notebook) -> tuple[dict[str, Any], bool]:
+    """(its row {name, scheme, method, path, error, quantize}, whether it was made now); a failure is a row with its
+    reason."""
+    path = job.output / "candidates" / candidate.name
+    words = {**job.words, "scheme": candidate.scheme, "method": candidate.method}
+    row: dict[str, Any] = {
+        "name": candidate.name, "scheme": candidate.scheme, "method": candidate.method, "path": str(path),
+        "error": None,
+    }  # fmt: skip
+    key = f"quantize {candidate.name}"
+    known = notebook.get(key) if job.resume and path.is_dir() else None
+    if known is not None and known["words"] == words:
+        note(f"{candidate.name}: finished in an earlier run")
+        return row | {"quantize": known["document"]}, False
+    note(f"{candidate.name}:")
+    resume = job.resume and (path.exists() or path.with_name(path.name + ".partial").exists())
+    request = {"job": "quantize", "model": job.model, "output": str(path), "words": words, "resume": resume}
+    try:
+        row["quantize"] = run_job(request | {"verbosity": console.verbosity()}, job.limits)
+        notebook.put(key, {"words": words, "document": row["quantize"]})
+    except JobError as error:
+        row["error"] = str(error)
+        note(f"{candidate.name}: failed: {error}")
+    return row, True
+
+
+def judge(job: Job, row: dict[str, Any], limits: Limits, notebook: Notebook) -> str:
+    """'good', 'bad' or 'open' (search.py) by a few windows; the row of a bad one gets `dropped` and `evaluate`."""
+    documents = _evaluate(job, [row], ("selection",), SEARCH_WINDOWS, notebook)
+    if "selection" not in documents:
+        return "bad"
+    reference = np.array(documents["selection"]["reference"]["per_window"]["nll"])
+    (result,) = documents["selection"]["results"]
+    ratio = perplexity_ratio(np.array(result["per_window"]["nll"]), reference)
+    kl = mean_interval(np.array(result["per_window"]["kl"]))
+    most = float("inf") if limits.max_kl is None else limits.max_kl
+    if ratio.low - 1 > limits.max_ppl_increase or kl.low > most:
+        row["evaluate"] = result
+        least = f"perplexity {ratio.low - 1:+.2%} at least, KL {kl.estimate:.5f}"
+        row["dropped"] = f"too inaccurate: {least}, on {len(reference)} windows"
+        note(f"{row['name']}: {row['dropped']}")
+        return "bad"
+    return "good" if ratio.high - 1 <= limits.max_ppl_increase and kl.high <= most else "open"
 
 
 def narrow(job: Job, rows: list[dict[str, Any]], limits: Limits, notebook: Notebook) -> None:
@@ -176,7 +210,7 @@ def measure_speed(
 
     def ask(left: list[dict[str, Any]]) -> dict[str, Any]:
         paths = [c["path"] for c in left]
-        return bench(paths, against=job.model, repeats=repeats, precision=precision, grid=GRID, seed=seed)
+        return bench(paths, against=job.model, repeats=repeats, precision=precision, grid=grid(job.context), seed=seed)
 
     left = measured(rows)
     try:

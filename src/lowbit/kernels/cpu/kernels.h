@@ -112,6 +112,9 @@ struct Kernels {
   void (*rows_to_float)(const void* src, int type, float* dst, int n, float scale);  // 0 f32, 1 bf16, 2 f16
   int32_t (*argmax)(const float* x, int n);
   void (*softcap)(float* x, int n, float cap);
+  // Lower triangle of sum (width, width) += XᵀX of bf16 rows (rows, stride). scratch: gram_scratch(width), 64-aligned.
+  void (*gram)(const uint16_t* x, size_t stride, int rows, int width, float* sum, uint8_t* scratch);
+  size_t (*gram_scratch)(int width);
   uint64_t (*read)(const uint8_t* p, size_t n, int pattern);
   uint64_t (*ops_int8)(size_t iterations);  // arithmetic ceiling: 16 x 128 operations an iteration
 };

@@ -224,6 +224,12 @@ NB_MODULE(_cpu, m) {
                at<float>(sin) + (size_t)at<int32_t>(pos)[t] * (rot / 2));
   }, nb::arg("x"), nb::arg("positions"), nb::arg("tokens"), nb::arg("heads"), nb::arg("dim"), nb::arg("rotary"),
         nb::arg("cos"), nb::arg("sin"), nb::arg("isa") = nb::none(), Nogil());
+  m.def("gram", [](Address x, int rows, int width, Address sum, std::optional<std::string> isa) {
+    const Kernels& k = named(isa);
+    std::vector<uint8_t> scratch(k.gram_scratch(width) + 64);
+    k.gram(at<uint16_t>(x), (size_t)width, rows, width, at<float>(sum),
+           scratch.data() + (64 - (uintptr_t)scratch.data() % 64) % 64);
+  }, nb::arg("x"), nb::arg("rows"), nb::arg("width"), nb::arg("sum"), nb::arg("isa") = nb::none(), Nogil());
   m.def("hadamard", [](Address x, int rows, int n, float scale, std::optional<std::string> isa) {
     const Kernels& k = named(isa);
     for (int i = 0; i < rows; ++i) k.hadamard(at<float>(x) + (size_t)i * n, n, scale);

@@ -1,0 +1,113 @@
+"""`lowbit bench URL` against GuideLLM on the same server: do two load generators see the same server?
+
+Rounds of both tools in turns, closed loop, equally many requests of equal length at the same concurrency, prompts that
+share nothing between runs, so that no cache of the server helps the second. What is compared: time to first token, the
+mean gap between tokens (lowbit's TPOT, GuideLLM's inter-token latency) and generated tokens a second. The difference of
+the tools stands beside the spread of each tool's own rounds, which is the noise.
+
+    llama-server -m demo-q8_0.gguf --port 8099 --no-cache-prompt -np 4 -t 2
+    python benchmarks/agree_guidellm.py http://127.0.0.1:8099 --guidellm PATH/guidellm --tokenizer MODEL_DIRECTORY
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowbit.environment import environment
+from lowbit.intervals import median_interval
+from lowbit.model.checkpoint import DEMO
+from lowbit.speed import Load, bench
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = ROOT / "benchmarks" / "results" / "agreement.json"
+WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
+FIGURES = ("ttft_s", "tpot_s", "tokens_per_s")
+
+
+def by_lowbit(url: str, a: argparse.Namespace, seed: int) -> dict[str, float]:
+    shape: dict[str, Any] = {
+        "prompt_lengths": [a.prompt], "output_lengths": [a.output], "batch_sizes": [a.concurrency]
+    }  # fmt: skip
+    (row,) = bench([url], **shape, load=Load(requests=a.requests), seed=seed)["results"]
+    found = {"ttft_s": row["ttft_s"]["median"], "tpot_s": row["tpot_s"]["median"]}
+    return found | {"tokens_per_s": row["throughput_tokens_per_s"]}
+
+
+def by_guidellm(url: str, a: argparse.Namespace, seed: int) -> dict[str, float]:
+    rng = np.random.default_rng(seed)
+    with tempfile.TemporaryDirectory() as place:
+        data, report = Path(place) / "prompts.json", Path(place) / "report.json"
+        prompts = [" ".join(WORDS[i] for i in rng.integers(0, len(WORDS), a.prompt)) for _ in range(a.requests)]
+        rows = [{"prompt": p, "prompt_tokens_count": a.prompt, "output_tokens_count": a.output} for p in prompts]
+        data.write_text("".join(json.dumps(r) + "\n" for r in rows))
+        command = [
+            a.guidellm, "run", "--backend", f"kind=openai_http,target={url},request_format=/v1/completions",
+            "--profile", f"kind=concurrent,streams={a.concurrency}", "--data", f"kind=json_file,path={data}",
+            "--constraint", f"kind=max_requests,count={a.requests}", "--tokenizer", f"kind=hf_auto,model={a.tokenizer}",
+            "--output", f"kind=json,path={report}", "--disable-console",
+        ]  # fmt: skip
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        if not report.exists():
+            raise SystemExit(f"GuideLLM wrote no report:\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
+        metrics = json.loads(report.read_text())["benchmarks"][0]["metrics"]
+
+    def median(name: str) -> float:
+        return float(metrics[name]["successful"]["median"])
+
+    return {
+        "ttft_s": median("time_to_first_token_ms") / 1e3,
+        "tpot_s": median("inter_token_latency_ms") / 1e3,
+        "tokens_per_s": float(metrics["output_tokens_per_second"]["successful"]["mean"]),
+    }
+
+
+def compare(own: list[Mapping[str, float]], other: list[Mapping[str, float]], figure: str) -> dict[str, Any]:
+    """Medians of both, the ratio round by round with its interval, and how far a tool's own rounds are apart."""
+    a, b = (np.array([r[figure] for r in rounds]) for rounds in (own, other))
+    spread = max(float(np.ptp(x) / np.median(x)) for x in (a, b))
+    ratio = median_interval(a / b)
+    within = ratio.low <= 1 <= ratio.high or abs(ratio.estimate - 1) <= spread
+    medians = {"lowbit": statistics.median(a), "guidellm": statistics.median(b)}
+    return medians | {"ratio": ratio.to_dict(), "own_spread": spread, "within_noise": bool(within)}
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("url")
+    p.add_argument("--guidellm", default="guidellm")
+    p.add_argument("--tokenizer", default=str(DEMO / "model"))
+    p.add_argument("--rounds", type=int, default=6)
+    p.add_argument("--requests", type=int, default=32)
+    p.add_argument("--concurrency", type=int, default=2)
+    p.add_argument("--prompt", type=int, default=64)
+    p.add_argument("--output", type=int, default=48)
+    p.add_argument("--json", default=str(RESULTS))
+    a = p.parse_args()
+    runs: dict[str, list[Mapping[str, float]]] = {"lowbit": [], "guidellm": []}
+    for r in range(a.rounds + 1):  # the first round warms up
+        found = {"lowbit": by_lowbit(a.url, a, 2 * r), "guidellm": by_guidellm(a.url, a, 2 * r + 1001)}
+        for tool, figures in found.items():
+            print(r, tool, {k: round(v, 5) for k, v in figures.items()}, flush=True)
+            if r > 0:
+                runs[tool].append(figures)
+    figures = {f: compare(runs["lowbit"], runs["guidellm"], f) for f in FIGURES}
+    for name, c in figures.items():
+        i = c["ratio"]
+        print(f"{name:13} lowbit {c['lowbit']:.5g}  GuideLLM {c['guidellm']:.5g}  ratio {i['estimate']:.3f} "
+              f"({i['low']:.3f} to {i['high']:.3f}), a tool's own rounds differ by {c['own_spread']:.1%}: "
+              f"{'within' if c['within_noise'] else 'OUTSIDE'} the noise")  # fmt: skip
+    load = {k: getattr(a, k) for k in ("rounds", "requests", "concurrency", "prompt", "output")}
+    head = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment(), "load": load}
+    Path(a.json).write_text(json.dumps(head | {"figures": figures, "runs": runs}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""Other projects' readers on what lowbit writes: `make interop` sets them up and runs this.
+
+    python benchmarks/interop/run.py --readers DIR [--llama-server PROGRAM] [--vllm PROGRAM] [--only NAME,...]
+
+From the demo model it makes files, asks each reader for the log-probabilities of the same tokens (8 windows of 128 of
+the demo's evaluation text), and compares them with lowbit's own float32 path on the same file: the share of positions
+with the same most likely token, and the mean difference of log-probabilities. DIR holds one virtual environment a
+reader; a reader that is not there is left out, and its last result is kept.
+
+Writes benchmarks/results/interop.json and, from it, docs/interop.md.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from page import render
+
+import lowbit
+from lowbit.calibration import tokenize
+from lowbit.environment import environment
+from lowbit.formats.gguf_file import read_gguf
+from lowbit.model.checkpoint import DEMO, open_checkpoint
+from lowbit.model.load import load_tokenizer
+from lowbit.runtime.engine import load
+from lowbit.runtime.server import Serving
+
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE.parent / "results" / "interop.json"
+PAGE = HERE.parents[1] / "docs" / "interop.md"
+LENGTH = 128
+
+
+@dataclass(frozen=True)
+class Case:
+    """One file in front of one reader: how the file is made, and how the reader is asked."""
+
+    reader: str
+    scheme: str  # of lowbit quantize; "" for the original
+    format: str  # "": as lowbit quantize writes it
+    type: str | None = None  # of a GGUF file that is not carried over
+
+    @property
+    def label(self) -> str:
+        return " ".join(word for word in (self.scheme, self.format, self.type) if word)
+
+
+CASES = (
+    *(Case("transformers", s, "") for s in ("w4a16-g128", "w4a16-g32-asym", "w8a16-channel", "fp8-block", "nvfp4")),
+    *(
+        Case("gptqmodel", s, f)
+        for s, f in (("w4a16-g128", "gptq"), ("w4a16-g32-asym", "gptq"), ("w4a16-g32-asym", "awq"))
+    ),
+    *(Case("llama.cpp", "", "gguf", t) for t in ("f32", "q8_0", "q4_0")),
+    Case("llama.cpp", "w4a16-g32", "gguf"),
+    *(Case("gguf", "", "gguf", t) for t in ("q8_0", "q4_0", "q4_k_m", "q3_k_m", "q2_k", "q5_0")),
+    Case("vllm", "", ""),
+    *(Case("vllm", s, "") for s in ("w4a16-g128", "w8a8", "any4", "e8p2")),
+)
+METHODS = {"any4": "any4", "e8p2": "quip"}
+
+
+def make(case: Case, work: Path) -> Path:
+    """The directory or file of a case, made once in `work`."""
+    directory = DEMO / "model"
+    if case.scheme:
+        directory = work / case.scheme
+        if not directory.exists():
+            method = METHODS.get(case.scheme, "rtn")
+            lowbit.quantize("demo", directory, scheme=case.scheme, method=method, samples=16, seq_len=128)
+    if not case.format:
+        return directory
+    suffix = ".gguf" if case.format == "gguf" else ""
+    target = work / f"{case.label.replace(' ', '-')}{suffix}"
+    if not target.exists():
+        words: dict[str, Any] = {"type": case.type} if case.type else {}
+        if case.type not in (None, "f32"):
+            words |= {"method": "search", "samples": 4, "seq_len": 128}
+        lowbit.export(directory, target, case.format, **words)
+    return target
+
+
+def windows(count: int) -> torch.Tensor:
+    """(count, LENGTH) tokens, spread over the demo's evaluation text."""
+    tokenizer = load_tokenizer(open_checkpoint("demo"))
+    ids = tokenize((DEMO / "evaluation.txt").read_text(encoding="utf-8"), tokenizer)
+    starts = np.linspace(0, len(ids) - LENGTH, count).astype(int)
+    return torch.from_numpy(np.stack([ids[s : s + LENGTH] for s in starts]).astype(np.int64))
+
+
+def agreement(own: torch.Tensor, theirs: torch.Tensor) -> dict[str, float]:
+    """Of log-probabilities (windows, tokens, vocabulary)."""
+    return {
+        "same_token": float((own.argmax(-1) == theirs.argmax(-1)).double().mean()),
+        "mean_difference": float((own - theirs).abs().double().mean()),
+    }
+
+
+def in_its_environment(python: Path, script: str, path: Path, tokens: torch.Tensor, work: Path) -> Any:
+    """Run a reader's script: (log-probabilities, what it says about itself)."""
+    given, found = work / "tokens.npy", work / "found.npz"
+    np.save(given, tokens.numpy())
+    done = subprocess.run([python, HERE / script, path, given, found], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(f"{script} {path.name}: {done.stderr[-1500:]}")
+    return torch.from_numpy(np.load(found)["logprobs"]), json.loads(done.stdout.splitlines()[-1])
+
+
+def served(runtime: Any, program: str, path: Path, tokens: torch.Tensor) -> Any:
+    with load(path, runtime, Serving(LENGTH + 1, program=program)) as engine:
+        return engine.logits(tokens).log_softmax(-1), {"versions": {runtime: engine.runtime}}
+
+
+def gguf_values(path: Path) -> dict[str, Any]:
+    """The largest difference of any tensor's values between the gguf package and lowbit."""
+    import gguf
+
+    ours, largest = read_gguf(path), 0.0
+    for tensor in gguf.GGUFReader(path).tensors:
+        values = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        mine = ours.values(tensor.name).float().numpy().reshape(values.shape)
+        largest = max(largest, float(np.abs(values - mine).max()))
+    return {"largest_difference": largest, "versions": {"gguf": version("gguf")}}
+
+
+def reader_of(name: str, args: argparse.Namespace, work: Path) -> Callable[[Path, torch.Tensor], Any] | None:
+    """How a reader is asked, or None if it is not there."""
+    python = args.readers / name / "bin" / "python"
+    if name in ("transformers", "gptqmodel"):
+        script = f"read_{name}.py"
+        return (
+            (lambda path, tokens: in_its_environment(python, script, path, tokens, work)) if python.exists() else None
+        )
+    program = {"llama.cpp": args.llama_server, "vllm": args.vllm}[name]
+    return (lambda path, tokens: served(name, program, path, tokens)) if program else None
+
+
+def run(case: Case, args: argparse.Namespace, work: Path) -> dict[str, Any] | None:
+    row = {"reader": case.reader, "file": case.label or "bfloat16"}
+    if case.reader == "gguf":
+        return row | gguf_values(make(case, work))
+    ask = reader_of(case.reader, args, work)
+    if ask is None:
+        return None
+    path, tokens = make(case, work), windows(args.windows)
+    own = load(path, "float32").logits(tokens).log_softmax(-1)
+    theirs, about = ask(path, tokens)
+    return row | agreement(own, theirs) | {"positions": tokens.numel()} | about
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--readers", type=Path, default=Path("nowhere"), help="a folder of virtual environments")
+    parser.add_argument("--llama-server", help="llama.cpp's llama-server")
+    parser.add_argument("--vllm", help="vLLM's program")
+    parser.add_argument("--only", help="readers, separated by commas")
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--work", type=Path, help="keep the files here, and use those that are there")
+    args = parser.parse_args()
+    kept = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else []
+    rows = {(r["reader"], r["file"]): r for r in kept}
+    with tempfile.TemporaryDirectory() as name:
+        work = args.work or Path(name)
+        for case in CASES:
+            if args.only and case.reader not in args.only.split(","):
+                continue
+            row = run(case, args, work)
+            if row is None:
+                print(f"{case.reader}: not there", file=sys.stderr)
+                continue
+            print(json.dumps(row), flush=True)
+            rows[row["reader"], row["file"]] = row
+            order = [(c.reader, c.label or "bfloat16") for c in CASES]
+            results = sorted(rows.values(), key=lambda r: order.index((r["reader"], r["file"])))
+            document = {"lowbit_version": lowbit.__version__, "environment": environment(), "results": results}
+            RESULTS.write_text(json.dumps(document, indent=2) + "\n")
+            PAGE.write_text(render(document))
+
+
+if __name__ == "__main__":
+    main()

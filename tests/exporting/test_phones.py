@@ -1,0 +1,173 @@
+"""Encoders and image classifiers for phones: ONNX and LiteRT, float and int8, run by their own engines.
+
+The heavy ones need packages that the ordinary test run does not have: `make interop-onnx`, `make interop-litert`.
+"""
+
+import importlib.util
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from transformers import BertConfig, BertModel, MobileNetV2Config, MobileNetV2ForImageClassification
+
+import lowbit
+from lowbit.errors import InputError
+from lowbit.exporting import export
+from lowbit.model.checkpoint import DEMO
+
+HAS = {name: importlib.util.find_spec(name) is not None for name in ("onnxscript", "litert_torch")}
+needs_onnxscript = pytest.mark.skipif(not HAS["onnxscript"], reason="make interop-onnx")
+needs_litert = pytest.mark.skipif(not HAS["litert_torch"], reason="make interop-litert")
+SIZE = 64
+
+
+@pytest.fixture(scope="module")
+def mobilenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random MobileNetV2 whose batch norms have seen images, so that its classes differ from image to image."""
+    torch.manual_seed(0)
+    net: Any = MobileNetV2ForImageClassification(
+        MobileNetV2Config(image_size=SIZE, depth_multiplier=0.35, num_labels=10, classifier_dropout_prob=0.0)
+    )
+    for module in net.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out")
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 0.3
+    nn.init.normal_(net.classifier.weight, std=0.5)
+    net.train()
+    with torch.no_grad():
+        for _ in range(12):
+            net(pixel_values=images(16))
+    path = tmp_path_factory.mktemp("mobilenet") / "model"
+    net.eval().save_pretrained(path)
+    return path
+
+
+def images(count: int, seed: int | None = None) -> torch.Tensor:
+    """Smooth random images, brighter and darker."""
+    generator = torch.Generator().manual_seed(seed) if seed is not None else None
+    coarse = torch.randn(count, 3, 6, 6, generator=generator)
+    return nn.functional.interpolate(coarse, size=SIZE, mode="bilinear") + torch.randn(
+        count, 3, 1, 1, generator=generator
+    )
+
+
+@pytest.fixture(scope="module")
+def pixels(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("images") / "images.safetensors"
+    save_file({"pixel_values": images(32, seed=1)}, path)
+    return path
+
+
+def bert(path: Path, **words: Any) -> Path:
+    torch.manual_seed(0)
+    BertModel(BertConfig(**words)).save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DEMO / "model" / name, path / name)
+    return path
+
+
+def check_static(whole: dict[str, Any], small: dict[str, Any]) -> None:
+    assert whole["agreement"]["positions"] == 1
+    assert whole["agreement"]["mean_log_probability_difference"] < 1e-4
+    assert small["agreement"]["positions"] == 32
+    assert small["agreement"]["top1_agreement"] >= 0.8
+    assert small["bytes"] < 0.5 * whole["bytes"]
+
+
+@pytest.mark.interop_heavy
+@needs_onnxscript
+def test_images_as_onnx(mobilenet: Path, pixels: Path, tmp_path: Path) -> None:
+    """Static int8 with calibration: the codes are in the file, and nearly all images keep their class."""
+    import onnx
+
+    whole = export(mobilenet, tmp_path / "float", "onnx", type="float")
+    small = export(mobilenet, tmp_path / "int8", "onnx", calibration=str(pixels))
+    check_static(whole, small)
+    graph = onnx.load(tmp_path / "int8" / "model.onnx").graph
+    codes = {t.name for t in graph.initializer if t.data_type == onnx.TensorProto.INT8}
+    read = {n.input[0] for n in graph.node if n.op_type == "DequantizeLinear"}
+    products = [n for n in graph.node if n.op_type == "Conv"]
+    assert len(products) > 30
+    assert len(codes & read) >= len(products)
+
+
+@pytest.mark.interop_heavy
+@needs_litert
+def test_images_as_litert(mobilenet: Path, pixels: Path, tmp_path: Path) -> None:
+    whole = export(mobilenet, tmp_path / "float.tflite", "litert", type="float")
+    small = export(mobilenet, tmp_path / "int8.tflite", "litert", calibration=str(pixels))
+    check_static(whole, small)
+
+
+@pytest.mark.interop_heavy
+@needs_litert
+def test_texts_as_litert(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
+    model = bert(tmp_path / "bert", vocab_size=4096, **sizes)
+    whole = export(model, tmp_path / "float.tflite", "litert", type="float", seq_len=32)
+    small = export(model, tmp_path / "int8.tflite", "litert", seq_len=32)
+    assert whole["inputs"] == {"input_ids": [1, 32], "attention_mask": [1, 32]}
+    assert whole["agreement"]["mean_log_probability_difference"] < 1e-4
+    assert small["agreement"]["mean_log_probability_difference"] < 0.1
+    assert small["bytes"] < 0.4 * whole["bytes"]
+
+
+@pytest.mark.interop_heavy
+@needs_litert
+def test_bert_base_as_litert(tmp_path: Path) -> None:
+    """417.7 MB (of 2^20 bytes) in float32, at most 173 in dynamic int8."""
+    small = export(bert(tmp_path / "bert"), tmp_path / "int8.tflite", "litert", seq_len=128)
+    assert small["bytes"] <= 173e6
+    assert small["agreement"]["mean_log_probability_difference"] < 0.1
+
+
+def test_what_litert_cannot_take_is_refused(
+    tiny: Path, mobilenet: Path, pixels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ai_edge_quantizer", None)
+    with pytest.raises(InputError, match=r"pip install 'lowbit\[litert\]'"):
+        export(mobilenet, tmp_path / "out.tflite", "litert", calibration=str(pixels))
+    monkeypatch.setattr("lowbit.exporting.litert.require_litert", lambda: None)
+    for model, words, message in (
+        (tiny, {}, "Formats for it: onnx, gguf"),
+        (tiny, {"type": "int4"}, "Did you mean int8"),
+        (tiny, {"method": "gptq"}, "no --method"),
+        (mobilenet, {}, "found on examples"),
+        (mobilenet, {"calibration": str(tmp_path / "absent")}, "Expected a safetensors file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            export(model, tmp_path / "out.tflite", "litert", **words)
+    lowbit.quantize(tiny, tmp_path / "q", scheme="w4a16-g32", method="rtn")
+    with pytest.raises(InputError, match="Formats that can: gguf, gptq, awq, onnx"):
+        export(tmp_path / "q", tmp_path / "out.tflite", "litert")
+    (tmp_path / "out.tflite").write_text("mine")
+    with pytest.raises(InputError, match="--force"):
+        export(mobilenet, tmp_path / "out.tflite", "litert", calibration=str(pixels))
+    assert (tmp_path / "out.tflite").read_text() == "mine"
+
+
+def test_images_that_do_not_fit_are_refused(mobilenet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
+    with pytest.raises(InputError, match=r"onnxscript.*pip install 'lowbit\[onnx\]'"):
+        export(mobilenet, tmp_path / "out", "onnx", type="float")
+    monkeypatch.setattr("lowbit.exporting.onnx.require_onnxscript", lambda: None)
+    file = tmp_path / "images.safetensors"
+    for tensors in (
+        {"pixels": images(1, 0)},
+        {"pixel_values": images(1, 0)[:, :, 1:]},
+        {"pixel_values": images(1, 0).int()},
+        {"pixel_values": images(1, 0) / 0},
+    ):
+        save_file({n: t.contiguous() for n, t in tensors.items()}, file)
+        with pytest.raises(InputError, match=r"images\.safetensors"):
+            export(mobilenet, tmp_path / "out", "onnx", calibration=str(file))
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(InputError, match=r"images\.safetensors"):
+        export(mobilenet, tmp_path / "out", "onnx", calibration=str(file))
+    assert not list(tmp_path.glob("out*"))

@@ -1,0 +1,27 @@
+"""docs/interop.md is what `make interop` measured, and what it measured is agreement."""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks" / "interop"))
+
+from page import render, within  # noqa: E402
+
+DOCUMENT = json.loads((ROOT / "benchmarks" / "results" / "interop.json").read_text())
+# llama.cpp multiplies 8-bit activations with quantized weights; its own file in full precision has to agree
+ROUNDED = {("llama.cpp", "gguf q8_0"), ("llama.cpp", "gguf q4_0"), ("llama.cpp", "w4a16-g32 gguf")}
+
+
+def test_the_page_is_the_runs_numbers() -> None:
+    assert (ROOT / "docs" / "interop.md").read_text() == render(DOCUMENT)
+
+
+def test_readers_agree() -> None:
+    rows = {(r["reader"], r["file"]): r for r in DOCUMENT["results"]}
+    apart = [key for key, row in rows.items() if not within(row) and key not in ROUNDED]
+    assert not apart
+    for key in ROUNDED & rows.keys():
+        assert rows[key]["same_token"] >= 0.97
+        assert rows[key]["mean_difference"] <= 0.05
