@@ -23,7 +23,7 @@ from lowbit.algorithms.rtn import RTNSettings, rtn
 from lowbit.artifact import Work, file_hashes, read_manifest
 from lowbit.errors import InputError
 from lowbit.formats.compressed_tensors import read_schemes, unpack
-from lowbit.model.checkpoint import open_checkpoint
+from lowbit.model.checkpoint import DEMO, open_checkpoint
 from lowbit.model.load import compute_dtype
 from lowbit.model.stream import stream_logits
 from lowbit.recipe import Recipe, read_recipe
@@ -354,7 +354,7 @@ def test_a_disk_that_is_too_small_is_seen_beforehand(run: Run, tmp_path: Path, m
 
 def test_a_disk_without_room_for_the_activations(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The result would fit; it does not beside the file that holds the activations when memory is short."""
-    words = {"samples": 200, "seq_len": 200}
+    words = {"samples": 200, "seq_len": 200, "calibration": str(DEMO / "calibration.txt")}
     result = run(tmp_path / "dry", dry_run=True, **words)["predicted"]["output_bytes"]
     usage = shutil.disk_usage(tmp_path)._replace(free=int(result * 1.1))
     monkeypatch.setattr("shutil.disk_usage", lambda _: usage)

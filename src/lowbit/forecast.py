@@ -30,7 +30,7 @@ from lowbit.model.walk import Blocks, linears
 from lowbit.preflight import Plan
 from lowbit.recipe import Recipe
 from lowbit.scheme import TensorScheme
-from lowbit.tensor import ROWS
+from lowbit.tensor import rows_at_once
 from lowbit.workers import one_thread
 
 SMALL = 2e12  # multiplications of the forward passes below which a job is over before it is worth a forecast
@@ -151,7 +151,7 @@ class _Rounding:
     product: float
 
     def seconds(self, rows: int, width: int, workers: int) -> float:
-        side_by_side = min(workers, -(-rows // ROWS))
+        side_by_side = min(workers, -(-rows // rows_at_once(width)))
         return self.factor * width**3 + rows * width * (self.column + self.product * width) / side_by_side
 
     @staticmethod

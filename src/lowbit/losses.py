@@ -16,7 +16,7 @@ from lowbit.model.lockstep import Walk
 from lowbit.model.walk import Entry
 from lowbit.scheme import TensorScheme
 from lowbit.stats import Hessian, quadratic_losses
-from lowbit.tensor import ROWS, QuantizedTensor
+from lowbit.tensor import QuantizedTensor, rows_at_once
 
 
 @dataclass(frozen=True)
@@ -51,6 +51,8 @@ class Statistics:
     def loss(self, error: Tensor) -> tuple[float, float | None]:
         """(loss under all calibration rows, loss under the held-out ones if there are any) of an error (out, in)."""
         parts = [h for h in (self.train, self.held_out) if h.rows]
+        if not parts:
+            return 0.0, None
         losses = quadratic_losses(error, *(h.mean() for h in parts))
         every = sum(loss * h.rows for loss, h in zip(losses, parts, strict=True)) / sum(h.rows for h in parts)
         return every, losses[-1] if self.held_out.rows else None
@@ -91,7 +93,7 @@ def output_loss(
 ) -> tuple[float, float | None]:
     """Statistics.loss of weight - quantized (of the weight itself for None), some rows at a time."""
     splits = quantized is None or (quantized.rotation is None and quantized.scheme.granularity in ("channel", "group"))
-    pieces = weight.split(ROWS if splits else len(weight))
+    pieces = weight.split(rows_at_once(weight.shape[1]) if splits else len(weight))
     sizes = [len(piece) for piece in pieces]
     values = [None] * len(pieces) if quantized is None else quantized.split_rows(sizes) if splits else [quantized]
     every, held_out, start = 0.0, 0.0, 0

@@ -28,7 +28,7 @@ from lowbit.errors import InputError
 from lowbit.model.load import compute_dtype
 from lowbit.model.walk import Blocks, linears
 from lowbit.recipe import Recipe
-from lowbit.tensor import ROWS
+from lowbit.tensor import rows_at_once
 
 BATCH = 4  # windows a batch: the activations of a small model stay in the cache
 
@@ -107,7 +107,7 @@ def _group(rows: int, width: int, stored: int, calibrates: bool, threads: int, w
     """Collecting an input's statistics (a Hessian a thread, and the held-out one), then rounding what reads it: two
     Hessians and a factor; the weights twice and their codes twice; what pieces of the rows are worked on with."""
     square = width * width * 4 if calibrates else 0
-    pieces = min(rows, ROWS) * width * 4 * _PIECE * workers
+    pieces = min(rows, rows_at_once(width)) * width * 4 * _PIECE * workers
     return max((threads + 1) * square, 3 * square + rows * width * (2 * stored + 2) + pieces)
 
 

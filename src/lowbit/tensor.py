@@ -12,6 +12,7 @@ from lowbit.numerics import dequantize, fake_quantize_activation
 from lowbit.scheme import TensorScheme
 
 ROWS = 1024  # of a weight, worked on at once: what one column touches stays in the cache
+_ENTRIES = 1 << 22  # fewer rows, where they are so wide that a piece would hold more weights than this
 
 
 @dataclass(frozen=True)
@@ -96,10 +97,15 @@ class QuantizedTensor:
         ]
 
 
+def rows_at_once(width: int) -> int:
+    """How many rows of a weight with so many columns make a piece."""
+    return min(ROWS, max(_ENTRIES // width, 64))
+
+
 def row_pieces(weight: Tensor, scheme: TensorScheme) -> tuple[Tensor, ...]:
     """Rows of weight (out, in) in pieces of about ROWS: no scale spans two of them, but the whole tensor's."""
     tile, _ = scheme.tile(*weight.shape)
-    pieces: tuple[Tensor, ...] = weight.split(max(ROWS // tile, 1) * tile)
+    pieces: tuple[Tensor, ...] = weight.split(max(rows_at_once(weight.shape[1]) // tile, 1) * tile)
     return pieces
 
 
