@@ -163,7 +163,7 @@ NB_MODULE(_cpu, m) {
   m.def("isa", [] { return std::string(select_kernels()->name); });
   m.def("isas", [] {
     std::vector<std::string> v;
-    for (const char* n : {"avx512bf16", "avx512", "avx2", "neon", "portable"})
+    for (const char* n : {"avx512bf16", "avx512", "avx2", "neoni8mm", "neon", "portable"})
       if (kernels_by_name(n)) v.push_back(n);
     return v;
   });
