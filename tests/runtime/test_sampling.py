@@ -14,6 +14,7 @@ from lowbit.runtime.sampling import (
     log_probabilities,
     new_rng,
     penalize,
+    penalize_counts,
     sample,
     sampling_params,
 )
@@ -104,6 +105,29 @@ def test_greedy_is_argmax_and_needs_no_random_numbers() -> None:
     assert sample(torch.tensor([1.0, 7.0, 7.0]), [], SamplingParams(), rng).token == 1  # the first of equals
 
 
+def test_presence_and_frequency_are_openai_s_formula() -> None:
+    """mu[j] - c[j] * frequency - (c[j] > 0) * presence, c counted over the answer and not over the prompt."""
+    prompt, answer = [1, 2, 2, 3], [2, 5, 5, 5, 7]
+    for presence, frequency in [(0.7, 0.0), (0.0, 0.4), (-1.5, 2.0)]:
+        scores = row(11, size=10)
+        expected = scores.clone()
+        for j in range(10):
+            c = answer.count(j)
+            expected[j] -= c * frequency + (c > 0) * presence
+        torch.testing.assert_close(penalize_counts(scores, answer, presence, frequency), expected)
+        params = SamplingParams(presence_penalty=presence, frequency_penalty=frequency)
+        chosen = sample(scores, prompt + answer, params, new_rng(0), len(prompt)).token
+        assert chosen == int(expected.argmax())
+
+
+def test_a_frequency_penalty_ends_a_loop() -> None:
+    """Logits that never change: greedy repeats one token, the penalty goes round."""
+    scores, tokens = torch.tensor([3.0, 2.9, 2.8, -9.0]), [3]
+    for _ in range(9):
+        tokens.append(sample(scores, tokens, SamplingParams(frequency_penalty=1.0), new_rng(0), 1).token)
+    assert sorted(tokens[1:]) == [0] * 3 + [1] * 3 + [2] * 3
+
+
 def test_greedy_with_a_penalty_is_that_of_transformers() -> None:
     params = SamplingParams(repetition_penalty=2.0)
     for seed in range(20):
@@ -153,6 +177,7 @@ def test_nan_logits_are_refused() -> None:
     [
         {"temperature": -1}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"temperature": "hot"},
         {"top_k": -1}, {"top_k": 1.5}, {"top_p": 0}, {"top_p": 1.1}, {"min_p": -0.1}, {"repetition_penalty": 0},
+        {"presence_penalty": 2.1}, {"frequency_penalty": float("nan")},
         {"seed": -1}, {"max_new_tokens": 0}, {"stop": ("",)}, {"stop_token_ids": (-1,)}, {"logprobs": 101},
         {"logprobs": True},
     ],

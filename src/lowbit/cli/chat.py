@@ -30,6 +30,8 @@ def chat(
     top_p: Annotated[float, typer.Option(help="Draw from the most likely tokens of this share (1: all).")] = 1.0,
     min_p: Annotated[float, typer.Option(help="Leave out tokens below this share of the likeliest's.")] = 0.0,
     repetition_penalty: Annotated[float, typer.Option(help="Above 1: repeat less.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Above 0: fewer words the answer has already.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="Above 0: the more often, the less likely.")] = 0.0,
     stop: Annotated[list[str] | None, typer.Option(metavar="TEXT", help="End the answer before this text.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of the draws (default: a fresh one).")] = None,
     prompt_lookup: Annotated[int, typer.Option(metavar="K", help="Guess K tokens ahead from the text (0: off).")] = 0,
@@ -48,6 +50,7 @@ def chat(
 
     params = SamplingParams(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
+        presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
         max_new_tokens=max_new_tokens, stop=tuple(stop or ()), seed=fresh_seed() if seed is None else seed,
     )  # fmt: skip
     engine = load(path, kind, Serving(program=program))

@@ -65,7 +65,8 @@ def native_linear(w: PackedWeight, x: Tensor, act_group: int = 32, isa: str | No
     out = torch.empty(len(flat), w.rows)
     if len(flat):
         native.linear(w.handle(), flat.data_ptr(), len(flat), act_group, out.data_ptr(), isa)
-    return out.view(*x.shape[:-1], w.rows)
+    out = out.view(*x.shape[:-1], w.rows)
+    return out if w.rest is None else out.add_(native_linear(w.rest, x, act_group, isa))
 
 
 def described(w: PackedWeight) -> tuple[Any, ...]:
@@ -95,7 +96,7 @@ def linear(x: Tensor, w: PackedWeight, act_group: int = 32) -> Tensor:
         w.zero,
         act_group,
     )
-    return out
+    return out if w.rest is None else out + linear(x, w.rest, act_group)
 
 
 # ---- norm and quantization ----

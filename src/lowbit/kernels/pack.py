@@ -9,11 +9,13 @@ Scales keep their exact values: they are stored in bf16 or fp16 when that loses 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from lowbit import lattice
 from lowbit.kernels import reference
 
 try:
@@ -24,7 +26,7 @@ except ImportError:  # installed without a compiler: the torch twins do the work
     native = None
 
 PANEL, BLOCK, MAX_FOLD = 16, 32, 512
-INT, TABLE, BF16 = 0, 1, 2
+INT, TABLE, BF16, LATTICE = 0, 1, 2, 3
 _SCALE_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
@@ -42,15 +44,17 @@ class PackedWeight:
     codes: Tensor  # uint8 (bytes,)
     scales: Tensor | None = None  # (panels, n_groups, 16)
     zeros: Tensor | None = None  # uint8 (panels, n_groups, 16)
-    table: Tensor | None = None  # uint8 (panels, 16, 16)
+    table: Tensor | None = None  # uint8 (panels, 16, 16); of a lattice: see cpu/lattice.h
     bias: Tensor | None = None  # float32 (rows,)
+    rest: PackedWeight | None = None  # a second stage, whose product is added
     _handle: list[Any] = field(default_factory=list, compare=False, repr=False)
 
     @property
     def nbytes(self) -> int:
         """Bytes of codes, scales, zero points and tables."""
         parts = (self.codes, self.scales, self.zeros, self.table, self.bias)
-        return sum(t.numel() * t.element_size() for t in parts if t is not None)
+        own = sum(t.numel() * t.element_size() for t in parts if t is not None)
+        return own + (0 if self.rest is None else self.rest.nbytes)
 
     def handle(self) -> Any:
         """The extension's view of this weight; it points into these tensors, so keep this object alive."""
@@ -172,6 +176,57 @@ def pack_table(
     scales = _side((scale.reshape(rows, groups).float() * (top / 127)).contiguous())
     fold = fold_of(cols, group, act_group if act_group > 0 else MAX_FOLD)
     return PackedWeight(TABLE, 4, rows, cols, group, fold, 128, out, scales, None, bytes_.contiguous(), _bias(bias))
+
+
+@cache
+def _e8p_table() -> Tensor:
+    """uint8: the absolute vectors in quarters, then a byte each for where their entries are 3/2, and 5/2."""
+    size = (lattice.absolute_vectors() * 4).to(torch.uint8)
+    return torch.cat([size.flatten(), *(_bits(size == entry) for entry in (6, 10))])
+
+
+@cache
+def _short_table() -> Tensor:
+    """uint8: the short vectors in halves + 8, then their four bit planes, highest first."""
+    value = (lattice.short_vectors() * 2 + 8).to(torch.uint8)
+    return torch.cat([value.flatten(), *(_bits(value >> bit & 1) for bit in (3, 2, 1, 0))])
+
+
+def _bits(plane: Tensor) -> Tensor:
+    """(256, 8) of 0 and 1 -> (256,) bytes, entry i as bit i."""
+    return (plane.int() << torch.arange(8)).sum(1).to(torch.uint8)
+
+
+def _e8p_bytes(index: Tensor) -> Tensor:
+    """E8P indices (rows, octets) -> (rows, octets, 2): absolute vector, and signs with the shift in place of one."""
+    size, negative, shift = index & 255, index >> 8 & 127, index >> 15 & 1
+    odd = lattice.absolute_vectors().sum(1).int()[size.long()] % 2
+    last = (odd + sum(negative >> i & 1 for i in range(7))) % 2  # the sign of entry 7 makes the sum even
+    return torch.stack([size, negative | (last ^ shift) << 7], -1).to(torch.uint8)
+
+
+def pack_lattice(
+    codes: Tensor, scale: Tensor, *, bits: int, bias: Tensor | None = None, act_group: int = 32
+) -> PackedWeight:
+    """Pack lattice indices (rows, cols / 8, stages), lattice.py's, of 2, 3 or 4 bits a weight."""
+    rows, octets, _ = codes.shape
+    cols = octets * lattice.WIDTH
+    scale = scale.reshape(rows, -1).float()
+    group = cols // scale.shape[1]
+    fold = fold_of(cols, group, act_group if act_group > 0 else MAX_FOLD)
+
+    def stage(n: int, index: Tensor, unit: float, rest: PackedWeight | None) -> PackedWeight:
+        data = _e8p_bytes(index) if n == 2 else index[..., None].to(torch.uint8)
+        table = _e8p_table() if n == 2 else _short_table()
+        packed, scales = reference.pack_octets(data), _side(narrow(scale * unit))
+        own_bias = None if rest is None and bits > 2 else _bias(bias)
+        return PackedWeight(LATTICE, n, rows, cols, group, fold, 16, packed, scales, None, table, own_bias, rest)
+
+    rest = None
+    if bits > 2:
+        last = 2 if bits == 4 else 1
+        rest = stage(last, codes[..., 1], 1 / ((4 if last == 2 else 2) * lattice.RESIDUAL_SCALE[bits]), None)
+    return stage(2, codes[..., 0], 0.25, rest)
 
 
 def pack_bf16(weight: Tensor, *, bias: Tensor | None = None) -> PackedWeight:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 PANEL, BLOCK = 16, 32
-INT, TABLE, BF16 = 0, 1, 2
+INT, TABLE, BF16, LATTICE = 0, 1, 2, 3
 
 
 def _pad_to(t: Tensor, rows: int, cols: int, value: int = 0) -> Tensor:
@@ -31,12 +31,13 @@ def pack_codes(codes: Tensor, bits: int, pad: int) -> Tensor:
         out = x
     elif bits == 4:
         out = x[:, 0::2] | x[:, 1::2] << 4
+    elif bits == 3:  # three vectors of two codes; the last two codes in the bits that are left
+        out = x[:, 0:6:2] | x[:, 1:6:2] << 3
+        out[:, :2] |= (x[:, 6:] >> 1) << 6
+        out[:, 2] |= (x[:, 6] & 1) << 6 | (x[:, 7] & 1) << 7
     else:
-        low = (x & 3).view(-1, 2, 4, 64)
+        low = x.view(-1, 2, 4, 64)
         out = low[:, :, 0] | low[:, :, 1] << 2 | low[:, :, 2] << 4 | low[:, :, 3] << 6
-        if bits == 3:
-            high = sum((x[:, j] >> 2 & 1) << j for j in range(8))
-            out = torch.cat([out, torch.as_tensor(high)[:, None]], 1)
     return out.reshape(-1).contiguous()
 
 
@@ -46,11 +47,12 @@ def unpack_codes(data: Tensor, bits: int, rows: int, cols: int) -> Tensor:
     x = data.view(panels * blocks, bits, 64)
     if bits == 4:
         x = torch.stack([x & 15, x >> 4], 2).view(-1, 8, 64)
-    elif bits < 4:
-        low = torch.stack([x[:, :2] >> s & 3 for s in (0, 2, 4, 6)], 2).reshape(-1, 8, 64)
-        if bits == 3:
-            low = low | torch.stack([x[:, 2] >> j & 1 for j in range(8)], 1) << 2
-        x = low
+    elif bits == 3:
+        whole = torch.stack([x & 7, x >> 3 & 7], 2).view(-1, 6, 64)
+        shared = (x[:, :2] >> 6) << 1 | torch.stack([x[:, 2] >> 6 & 1, x[:, 2] >> 7], 1)
+        x = torch.cat([whole, shared], 1)
+    elif bits == 2:
+        x = torch.stack([x >> s & 3 for s in (0, 2, 4, 6)], 2).reshape(-1, 8, 64)
     x = x.view(panels, blocks, 8, PANEL, 4).permute(0, 3, 1, 2, 4).reshape(panels * PANEL, blocks * BLOCK)
     return x[:rows, :cols].contiguous()
 
@@ -69,6 +71,35 @@ def unpack_table_codes(data: Tensor, rows: int, cols: int) -> Tensor:
     x = data.view(panels, blocks, PANEL, 16)
     x = torch.stack([x & 15, x >> 4], 3).permute(0, 2, 1, 3, 4).reshape(panels * PANEL, blocks * BLOCK)
     return x[:rows, :cols].contiguous()
+
+
+def pack_octets(codes: Tensor) -> Tensor:
+    """uint8 (rows, octets, n), n bytes for 8 columns -> the bytes of `cpu/lattice.h`; padding is 0."""
+    rows, octets, n = codes.shape
+    x = torch.nn.functional.pad(codes, (0, 0, 0, -octets % 4, 0, -rows % PANEL))
+    x = x.view(-1, 2, 4, 2, x.shape[1] // 4, 4, n)  # panel, row / 8, row % 8 / 2, row % 2, block, octet, byte
+    return x.permute(0, 4, 6, 2, 5, 3, 1).reshape(-1).contiguous()
+
+
+def unpack_octets(data: Tensor, rows: int, octets: int, n: int) -> Tensor:
+    """The inverse of `pack_octets`."""
+    x = data.view(_up(rows, PANEL) // PANEL, -1, n, 4, 4, 2, 2).permute(0, 6, 3, 5, 1, 4, 2)
+    return x.reshape(_up(rows, PANEL), -1, n)[:rows, :octets].contiguous()
+
+
+def lattice_values(codes: Tensor, table: Tensor) -> Tensor:
+    """uint8 codes (rows, octets, 1 or 2) -> int (rows, columns): halves of the short vectors, quarters of E8P."""
+    rows, n = codes.shape[0], codes.shape[2]
+    index = codes[..., 0].long()
+    entry = table[: 256 * 8].view(256, 8)[index].int()
+    if n == 1:
+        return (entry - 8).view(rows, -1)
+    bit = torch.arange(8)
+    sixes = (table[2048:2304][index][..., None] >> bit & 1).sum(-1)
+    negative = codes[..., 1, None] >> bit & 1
+    shifted = (negative.sum(-1) + sixes) % 2  # the last sign's place holds that sign xor the shift
+    negative[..., 7] ^= shifted.to(negative.dtype)
+    return (entry * (1 - 2 * negative.int()) + 1 - 2 * shifted[..., None].int()).view(rows, -1)
 
 
 def pack_bf16_codes(weight: Tensor) -> Tensor:
@@ -122,6 +153,9 @@ def weight_of(
         assert table is not None
         index = unpack_table_codes(codes, rows, cols).long()
         return (torch.gather(table.view(-1, 16)[:rows].float() - 128, 1, index)) * scale
+    if kind == LATTICE:
+        assert table is not None
+        return lattice_values(unpack_octets(codes, rows, -(-cols // 8), bits), table)[:, :cols].float() * scale
     value = unpack_codes(codes, bits, rows, cols).float()
     if zeros is None:
         return (value - zero) * scale

@@ -60,7 +60,7 @@ class Answer:
         """The next token from its row of logits (vocabulary,), or `best`, their argmax, where that is enough."""
         if self.params.needs_logits:
             assert logits is not None
-            choice = sample(logits, self.tokens, self.params, self._rng)
+            choice = sample(logits, self.tokens, self.params, self._rng, self.prompt_length)
         else:
             choice = Choice(best)
         self.tokens.append(choice.token)

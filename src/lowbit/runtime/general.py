@@ -1,6 +1,6 @@
 """The engine for everything: transformers' own model class with lowbit's linears put in."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -11,6 +11,9 @@ from lowbit.model.load import Source, materialize
 from lowbit.model.walk import linears
 from lowbit.runtime.base import Engine
 from lowbit.runtime.linear import QuantizedLinear
+from lowbit.runtime.rotated import RotatedLinear, carries
+
+_LowBit = QuantizedLinear | RotatedLinear
 
 
 class GeneralEngine(Engine):
@@ -29,17 +32,21 @@ class GeneralEngine(Engine):
             grid = source.input_grid(name)
             if kernels:
                 bias = source.checkpoint.get(f"{name}.bias") if module.bias is not None else None
-                net.set_submodule(name, QuantizedLinear(quantized, source.schemes[name], bias, dtype, grid))
+                net.set_submodule(
+                    name,
+                    RotatedLinear(quantized, bias, dtype)
+                    if carries(quantized, source.schemes[name])
+                    else QuantizedLinear(quantized, source.schemes[name], bias, dtype, grid),
+                )
             elif grid is not None:
                 module.register_forward_pre_hook(lambda _m, args, g=grid: (g.round(args[0]), *args[1:]))
         materialize(net, "", source, dtype)
         net.tie_weights()
         self.kernels = {}
         for module in net.modules():
-            if isinstance(module, QuantizedLinear):
+            if isinstance(module, _LowBit):
                 self.kernels[module.kernel] = self.kernels.get(module.kernel, 0) + 1
-        names = "+".join(sorted(self.kernels))
-        self.runtime = f"transformers, {str(dtype).removeprefix('torch.')}" + (f", torch {names}" if names else "")
+        self.runtime = ", ".join(["transformers", str(dtype).removeprefix("torch."), *_kernel_names(self.kernels)])
         embedding, head = net.get_input_embeddings().weight, net.get_output_embeddings()
         tied = head is not None and getattr(head, "weight", None) is embedding
         self.weight_bytes = sum(_module_bytes(m) for m in net.modules()) - (embedding.nbytes if tied else 0)
@@ -89,7 +96,14 @@ class GeneralEngine(Engine):
         return int(2 * c.num_hidden_layers * heads * width * context * self.dtype.itemsize)
 
 
+def _kernel_names(kernels: Iterable[str]) -> list[str]:
+    """int4, int8, native e8p2 -> "torch int4+int8", "native e8p2"."""
+    own = sorted(k for k in kernels if k.startswith("native "))
+    others = "+".join(sorted(k for k in kernels if k not in own))
+    return [f"torch {others}", *own] if others else own
+
+
 def _module_bytes(module: nn.Module) -> int:
-    if isinstance(module, QuantizedLinear):
+    if isinstance(module, _LowBit):
         return module.bytes_read + (0 if module.bias is None else module.bias.nbytes)
     return sum(p.nbytes for p in module.parameters(recurse=False))

@@ -5,6 +5,8 @@ long unreliable tail, after which the text derails; always taking the most likel
 in the order in which transformers applies them:
 
     repetition_penalty r   logit -> logit / r if positive, logit * r if not, for tokens seen (Keskar et al. 2019, 4.1)
+    presence_penalty a,    logit - a * [token is in the answer] - b * (times it is in the answer so far)
+    frequency_penalty b    (as OpenAI's API defines them: the prompt does not count)
     temperature T          logits / T; T = 0 is greedy: the largest logit, the first of equals
     top_k                  only tokens with a logit not below the k-th largest
     top_p                  the smallest set of most likely tokens with p >= top_p together (Holtzman et al. 2020, 3.1)
@@ -40,6 +42,8 @@ class SamplingParams:
         temperature: 0 is greedy.
         top_k: 0 keeps all. top_p: 1 keeps all. min_p: 0 keeps all.
         repetition_penalty: 1 changes nothing; counts the prompt's tokens as seen.
+        presence_penalty: -2 to 2; taken from the logit of every token that the answer has already.
+        frequency_penalty: -2 to 2; the same, once for every time the answer has it.
         seed: of the draws; None takes a fresh one.
         max_new_tokens: None goes on to the end of the context.
         stop: the answer ends before the first of these strings.
@@ -53,6 +57,8 @@ class SamplingParams:
     top_p: float = 1.0
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     seed: int | None = None
     max_new_tokens: int | None = 64
     stop: tuple[str, ...] = ()
@@ -71,6 +77,9 @@ class SamplingParams:
         self._check("min_p", _real(self.min_p) and 0 <= self.min_p <= 1, "a share from 0 to 1")
         penalty = self.repetition_penalty
         self._check("repetition_penalty", _real(penalty) and 0 < penalty < math.inf, "a number above 0 (1: none)")
+        for name in ("presence_penalty", "frequency_penalty"):
+            value = getattr(self, name)
+            self._check(name, _real(value) and -2 <= value <= 2, "a number from -2 to 2 (0: none)")
         self._check("seed", self.seed is None or (_whole(self.seed) and self.seed >= 0), "a whole number from 0 up")
         limit = self.max_new_tokens
         self._check("max_new_tokens", limit is None or (_whole(limit) and limit >= 1), "a whole number from 1 up")
@@ -86,7 +95,12 @@ class SamplingParams:
     @property
     def needs_logits(self) -> bool:
         """Whether the most likely token alone is not enough to choose."""
-        return self.temperature > 0 or self.repetition_penalty != 1 or self.logprobs is not None
+        return self.temperature > 0 or self.penalizes or self.logprobs is not None
+
+    @property
+    def penalizes(self) -> bool:
+        """Whether tokens that were there before count."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
 
 
 def _real(value: Any) -> bool:
@@ -124,8 +138,11 @@ def new_rng(seed: int | None) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(seed))
 
 
-def sample(logits: Tensor, history: Sequence[int], params: SamplingParams, rng: np.random.Generator) -> Choice:
-    """The next token from a row of logits (vocabulary,), after `history` (prompt and answer so far).
+def sample(
+    logits: Tensor, history: Sequence[int], params: SamplingParams, rng: np.random.Generator, prompt_length: int = 0
+) -> Choice:
+    """The next token from a row of logits (vocabulary,), after `history`: `prompt_length` tokens of prompt, then the
+    answer so far.
 
     Raises LowbitError if the logits have NaN: nothing can be chosen from them.
     """
@@ -133,6 +150,8 @@ def sample(logits: Tensor, history: Sequence[int], params: SamplingParams, rng: 
     if bool(torch.isnan(row).any()):
         raise LowbitError("the model's logits are not numbers (NaN): its weights are damaged or overflow.")
     scores = penalize(row, history, params.repetition_penalty)
+    if params.presence_penalty or params.frequency_penalty:
+        scores = penalize_counts(scores, history[prompt_length:], params.presence_penalty, params.frequency_penalty)
     if params.temperature == 0:
         token = int(scores.argmax())
     else:
@@ -150,6 +169,14 @@ def penalize(row: Tensor, history: Sequence[int], penalty: float) -> Tensor:
     seen = torch.tensor(sorted(set(history)), dtype=torch.long)
     value = row[seen]
     return row.index_copy(0, seen, torch.where(value < 0, value * penalty, value / penalty))
+
+
+def penalize_counts(row: Tensor, answer: Sequence[int], presence: float, frequency: float) -> Tensor:
+    """Logits less `presence` for each token in `answer`, and `frequency` for each time it is there."""
+    if not answer:
+        return row
+    seen, times = torch.tensor(answer, dtype=torch.long).unique(return_counts=True)
+    return row.index_add(0, seen, -(presence + frequency * times.to(row.dtype)))
 
 
 def distribution(scores: Tensor, params: SamplingParams) -> tuple[Tensor, Tensor]:

@@ -48,6 +48,9 @@ Decoder::Decoder(Config config, const char* isa)
     for (const Weight& w : l.gate_up) check_weight(w, w.rows, c.hidden, "gate_up"), g += w.rows;
     if (r != qd + 2 * kd) throw std::invalid_argument("qkv parts do not add up to heads x head_dim");
     if (g != 2 * c.inner) throw std::invalid_argument("gate_up parts do not add up to 2 x inner");
+    for (const auto* parts : {&l.qkv, &l.gate_up})
+      for (const Weight& w : *parts) lattice_ |= w.kind == Kind::kLattice;
+    lattice_ |= l.o.kind == Kind::kLattice || l.down.kind == Kind::kLattice;
     check_weight(l.o, c.hidden, qd, "o_proj");
     check_weight(l.down, c.hidden, c.inner, "down_proj");
   }
@@ -115,11 +118,11 @@ void Decoder::quantize(int thread, const Call&, int rows, const float* x, size_t
                    ints ? q_ + (size_t)r * wide + at : nullptr, scale_ + (size_t)r * folds + at / w.fold,
                    sum_ + (size_t)r * folds + at / w.fold, bf16 ? bf16_ + (size_t)r * wide + at : nullptr, nullptr);
   };
-  if (rows <= kFewRows || !ints) return each(thread, rows * pieces, 1, one);
+  if (!ints || (rows <= kFewRows && !lattice_)) return each(thread, rows * pieces, 1, one);
   const int height = k_->tile_rows;
   each(thread, (rows + height - 1) / height, 1, [&](int tile) {
     const int first = tile * height, end = std::min(rows, first + height);
-    for (int r = first; r < end; ++r) one(r);  // more than 8 rows: one piece each
+    for (int i = first * pieces; i < end * pieces; ++i) one(i);
     k_->pack_tile(act(w), tile, end - first);
   });
 }

@@ -73,6 +73,7 @@ class Decoder {
   const Kernels* k_;
   std::shared_ptr<Pool> team_;
   Pool& pool_;
+  bool lattice_ = false;  // whether some weight is on the lattice, whose products want tiles of activations
   std::vector<uint8_t> arena_;
   float *x_, *qkv_, *attn_, *gu_, *h_, *logits_, *f32_;
   int8_t *q_, *tiles_;

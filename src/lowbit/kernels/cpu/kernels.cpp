@@ -7,8 +7,10 @@
 #include "elementwise.h"
 #include "exact.h"
 #include "gram.h"
+#include "lattice.h"
 #include "linear.h"
 #include "lut.h"
+#include "stream.h"
 
 namespace lowbit {
 namespace LOWBIT_ISA {
@@ -17,6 +19,7 @@ namespace {
 template <int M>
 void few_rows(const Weight& w, const Act& a, int row0, int p0, int p1, float* out, size_t ldo, bool add) {
   if (w.kind == Kind::kTable) return table_gemv<(M > 4 ? 4 : M)>(w, a, row0, p0, p1, out, ldo, add);
+  if (kStream && M <= 2 && w.bits < 4) return stream_low<(M <= 2 ? M : 1)>(w, a, row0, p0, p1, out, ldo, add);
   switch (w.bits) {
     case 2: return gemv<2, M>(w, a, row0, p0, p1, out, ldo, add);
     case 3: return gemv<3, M>(w, a, row0, p0, p1, out, ldo, add);
@@ -30,7 +33,8 @@ void linear(const Weight& w, const Act& a, int m, int p0, int p1, float* out, si
   Slab& slab = *(Slab*)scratch;
   float* carry = (float*)(scratch + sizeof(Slab));
   if (w.kind == Kind::kBf16) return bf16_linear(w, a, m, p0, p1, out, ldo, add, carry);
-  if (m <= kFewRows) {
+  if (w.kind == Kind::kLattice && m <= 2 && lattice_few_rows(w, a, m, p0, p1, out, ldo, add)) return;
+  if (m <= kFewRows && w.kind != Kind::kLattice) {
     const int most = w.kind == Kind::kTable && kGemvRows > 4 ? 4 : kGemvRows;
     for (int row = 0; row < m;) {
       const int left = m - row < most ? m - row : most;

@@ -7,8 +7,10 @@
 //   8 bits   8 vectors: vector j holds, for lane r, the codes of columns 4j .. 4j+3 as bytes
 //   4 bits   4 vectors: low nibbles are the 8-bit layout's vector 2j, high nibbles vector 2j+1
 //   2 bits   2 vectors: bit pairs 0..3 of vector j are the 8-bit vectors 4j .. 4j+3
-//   3 bits   the 2 vectors of the low pairs, then 1 vector whose bit j is the third bit of 8-bit vector j
+//   3 bits   3 vectors: bits 0..2 of vector i are 8-bit vector 2i, bits 3..5 vector 2i+1; bits 6..7 of the first two
+//            are the high bits of vectors 6 and 7, whose low bits are bits 6 and 7 of the third (see stream.h)
 //   table    like 4 bits, but transposed so that one 128-bit lane holds one row (see lut.h)
+//   lattice  1 or 2 vectors: an index, and signs, of 8 columns each (see lattice.h)
 //
 // Codes are stored unsigned; `zero` is what the stored code of the value 0 is, so W = (code - zero) * scale.
 // A product of a block with int8 activations is exact in int32. Every `fold` columns (one activation scale) the sum
@@ -28,7 +30,7 @@ constexpr int kBlock = 32;   // columns per block
 constexpr int kFewRows = 8;  // up to here a product is a matrix-vector one, which reads activations row by row
 constexpr int kMaxFold = 512;  // longest run of columns in int32; also the depth of the GEMM's unpacked slab
 
-enum class Kind : int32_t { kInt = 0, kTable = 1, kBf16 = 2 };
+enum class Kind : int32_t { kInt = 0, kTable = 1, kBf16 = 2, kLattice = 3 };
 enum class ScaleType : int32_t { kF32 = 0, kBf16 = 1, kF16 = 2 };
 enum class KvType : int32_t { kF16 = 0, kBf16 = 1, kInt8 = 2, kFp8 = 3 };
 
@@ -46,7 +48,7 @@ struct Weight {
   const uint8_t* codes = nullptr;    // panels x blocks x 64 bits bytes
   const uint8_t* scales = nullptr;   // panels x n_groups x 16 of scale_type
   const uint8_t* zeros = nullptr;    // panels x n_groups x 16 u8, or null
-  const uint8_t* table = nullptr;    // panels x 16 rows x 16 u8 entries (value + 128), tables only
+  const uint8_t* table = nullptr;    // panels x 16 rows x 16 u8 entries (value + 128); of a lattice: see lattice.h
   const float* bias = nullptr;       // rows, or null
 };
 
@@ -58,7 +60,7 @@ struct Act {
   const int32_t* sum = nullptr;  // minus the sum of a fold's codes
   const uint16_t* bf16 = nullptr;
   const float* f32 = nullptr;  // if set, nothing else is read: products with float activations
-  int8_t* tiles = nullptr;       // more than 8 rows: q, scale and sum again, as pack_tile puts them
+  int8_t* tiles = nullptr;       // more than 8 rows, or a lattice: q, scale and sum again, as pack_tile puts them
   float* tile_scale = nullptr;
   int32_t* tile_sum = nullptr;
   int32_t stride = 0;

@@ -28,17 +28,18 @@ LB_INLINE void spread(const uint8_t* p, B64 w[8]) {
       w[2 * j] = bits<B64>(v & 0x0f0f);
       w[2 * j + 1] = bits<B64>(HIGH ? v & 0xf0f0 : (v >> 4) & 0x0f0f);
     }
+  } else if (BITS == 3) {
+    H32 v[3];
+    for (int i = 0; i < 3; ++i) {
+      v[i] = load<H32>(p + 64 * i);
+      w[2 * i] = bits<B64>(v[i] & 0x0707);
+      w[2 * i + 1] = bits<B64>((v[i] >> 3) & 0x0707);
+    }
+    for (int i = 0; i < 2; ++i) w[6 + i] = bits<B64>(((v[i] >> 5) & 0x0606) | ((v[2] >> (6 + i)) & 0x0101));
   } else {
     for (int j = 0; j < 2; ++j) {
       H32 v = load<H32>(p + 64 * j);
       for (int i = 0; i < 4; ++i) w[4 * j + i] = bits<B64>((v >> (2 * i)) & 0x0303);
-    }
-    if (BITS == 3) {
-      H32 h = load<H32>(p + 128);
-      for (int j = 0; j < 8; ++j) {
-        H32 up = j <= 2 ? h << (2 - j) : h >> (j - 2);
-        w[j] |= bits<B64>(up & 0x0404);
-      }
     }
   }
 }
@@ -213,9 +214,11 @@ void tile_all(const Slab& s, const uint8_t* codes, size_t apart, const Weight& w
 }
 
 void table_spread(const Weight& w, int panel, int block, uint8_t* dst);
+void lattice_spread(const Weight& w, int panel, int block, uint8_t* dst);
 
 LB_INLINE void spread_block(const Weight& w, int panel, int block, uint8_t* dst) {
   if (w.kind == Kind::kTable) return table_spread(w, panel, block, dst);
+  if (w.kind == Kind::kLattice) return lattice_spread(w, panel, block, dst);
   const uint8_t* p = w.codes + ((size_t)panel * w.blocks + block) * 64 * w.bits;
   B64 x[8];
   switch (w.bits) {
@@ -231,7 +234,7 @@ template <int NP>
 void gemm_panels(const Weight& w, const Act& a, int m, int panel, float* out, size_t ldo, bool add, Slab& s,
                  float* carry) {
   const int depth = w.blocks * kBlock, step = kMaxFold;
-  const bool small = w.kind == Kind::kInt && w.bits < 8;
+  const bool small = w.kind != Kind::kTable && w.bits < 8;
   const bool bytes = w.kind == Kind::kInt && w.bits == 8;  // nothing to spread: read where they lie
   const size_t ss = scale_size(w.scale_type) * kPanel;
   const size_t apart = bytes ? (size_t)w.blocks * 8 * 64 : sizeof(s.codes[0]);

@@ -66,7 +66,7 @@ static void linear(const Weight& w, Address x, int m, int act_group, Address out
   std::vector<float> f32(act_group < 0 ? (size_t)m * wide : 0);
   if (act_group < 0) a.f32 = f32.data();
   a.q = q.data(), a.scale = scale.data(), a.sum = sum.data(), a.bf16 = bf16.data(), a.stride = wide, a.fold = w.fold;
-  const int height = k.tile_rows, tiled = m > kFewRows && w.kind != Kind::kBf16 ? m + height : 0;
+  const int height = k.tile_rows, tiled = (m > kFewRows && w.kind != Kind::kBf16) || w.kind == Kind::kLattice ? m + height : 0;
   std::vector<int8_t> tiles((size_t)tiled * wide);
   std::vector<float> tile_scale((size_t)tiled * folds);
   std::vector<int32_t> tile_sum((size_t)tiled * folds);
@@ -169,7 +169,7 @@ NB_MODULE(_cpu, m) {
   m.def("isa", [] { return std::string(select_kernels()->name); });
   m.def("isas", [] {
     std::vector<std::string> v;
-    for (const char* n : {"avx512bf16", "avx512", "avx2", "neon", "portable"})
+    for (const char* n : {"avx512bf16", "avx512", "avx2", "neoni8mm", "neon", "portable"})
       if (kernels_by_name(n)) v.push_back(n);
     return v;
   });

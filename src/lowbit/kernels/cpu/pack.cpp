@@ -53,9 +53,13 @@ void pack_int(const uint8_t* codes, int bits, int rows, int cols, uint8_t pad, u
             o[64 * j + i] = c;
           } else if (bits == 4) {
             o[64 * (j / 2) + i] |= (uint8_t)((c & 15) << (4 * (j % 2)));
-          } else {
+          } else if (bits == 2) {
             o[64 * (j / 4) + i] |= (uint8_t)((c & 3) << (2 * (j % 4)));
-            if (bits == 3) o[128 + i] |= (uint8_t)(((c >> 2) & 1) << j);
+          } else if (j < 6) {
+            o[64 * (j / 2) + i] |= (uint8_t)((c & 7) << (3 * (j % 2)));
+          } else {  // no room for a third whole code in a byte: two bits there, one in the third vector
+            o[64 * (j - 6) + i] |= (uint8_t)(((c >> 1) & 3) << 6);
+            o[128 + i] |= (uint8_t)((c & 1) << j);
           }
         }
     }

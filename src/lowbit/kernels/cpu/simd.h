@@ -259,6 +259,12 @@ LB_INLINE B64 lookup16(B64 table, B64 idx) {
   std::memcpy(x, &idx, 64);
   for (int i = 0; i < 2; ++i) x[i] = _mm256_shuffle_epi8(t[i], x[i]);
   return load<B64>(x);
+#elif defined(__ARM_NEON)
+  uint8x16_t t[4], x[4];
+  std::memcpy(t, &table, 64);
+  std::memcpy(x, &idx, 64);
+  for (int i = 0; i < 4; ++i) x[i] = vqtbl1q_u8(t[i], x[i]);
+  return load<B64>(x);
 #else
   B64 r;
   for (int i = 0; i < 64; ++i) r[i] = table[(i & ~15) | (idx[i] & 15)];
