@@ -51,15 +51,16 @@ def document_of(output: Path, recipe: Recipe, layers: list[dict[str, Any]], seco
 def finish_directory(
     work: Work,
     checkpoint: Checkpoint,
-    quantization_config: Mapping[str, Any],
+    words: Mapping[str, Any],
     recipe: Recipe,
     calibration: Calibration | None,
     identity: Mapping[str, Any],
     document: dict[str, Any],
 ) -> None:
-    """Write everything beside the shards; the manifest last, because it holds the others' hashes."""
+    """Write everything beside the shards, `words` into config.json; the manifest last, because it holds the others'
+    hashes."""
     with disk_errors(work.path):
-        config = checkpoint.config | {"quantization_config": quantization_config}
+        config = {**checkpoint.config, **words}
         write_json(work.path / "config.json", config)
         write_json(work.path / INDEX, index_of(work.path))
         copy_small_files(checkpoint, work.path)

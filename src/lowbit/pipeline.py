@@ -26,8 +26,11 @@ from lowbit.console import note, track
 from lowbit.equalization import Equalized, Equalizer, make_equalizer
 from lowbit.errors import InputError
 from lowbit.forecast import forecast
+from lowbit.formats import kv_cache
 from lowbit.formats.choose import Format, format_for
 from lowbit.formats.compressed_tensors import unpack_input
+from lowbit.kv_scales import kv_report, scale_of, watch
+from lowbit.kv_scheme import KvScheme
 from lowbit.manifest import document_of, finish_directory, named_twice, shard_name, versions
 from lowbit.memory import BATCH, choose_frugal, estimate_memory, give_back
 from lowbit.model.checkpoint import DEMO, Checkpoint, open_checkpoint, read_header
@@ -46,7 +49,7 @@ from lowbit.model.lockstep import Walk
 from lowbit.model.original import Correction, Original
 from lowbit.model.rotate import rotate
 from lowbit.model.stream import probe
-from lowbit.model.walk import Blocks, Entry, capture_entries, find_blocks, input_groups, linears
+from lowbit.model.walk import Blocks, Entry, attentions, capture_entries, find_blocks, input_groups, linears
 from lowbit.preflight import Plan, check_disk, make_plan
 from lowbit.recipe import Recipe
 from lowbit.repair import repair
@@ -117,8 +120,11 @@ def quantize(
     job = _Job(net, open_source(net, view), blocks, plan, recipe, work, layout, torch.get_num_threads(), frugal)
     layers = job.run(calibration)
     document = document_of(output, recipe, layers, time.perf_counter() - start)
+    if job.kv is not None:
+        document["kv_cache"] = kv_report(job.kv, work.path)
     rotated = [checkpoint.stored_module(r["name"]) for r in layers if r["rotated"]]
-    config = layout.quantization_config(named_twice(plan.schemes, checkpoint), rotated)
+    quantization = layout.quantization_config(named_twice(plan.schemes, checkpoint), rotated)
+    config = kv_cache.write_config({"quantization_config": quantization}, job.kv)
     finish_directory(work, checkpoint, config, recipe, calibration, identity, document)
     work.close()
     return document
@@ -138,6 +144,11 @@ class _Job:
     threads: int
     frugal: bool  # activations on disk, and one batch at a time in memory
     equalized: Equalized = field(default_factory=Equalized)
+    kv_scales: dict[str, Tensor] = field(default_factory=dict)  # of the present block, by the files' names
+
+    @property
+    def kv(self) -> KvScheme | None:
+        return None if self.recipe.kv is None else KvScheme.parse(self.recipe.kv)
 
     def stored(self, name: str) -> Tensor:
         """A tensor as it is to be quantized or copied."""
@@ -227,6 +238,8 @@ class _Job:
                         results = {n: replace(r, input_scale=scale) for n, r in results.items()}
                         grids.update({n: InputGrid(scheme.activation, scale) for n in same if scale is not None})
                     rounded |= results
+            if self.kv is not None and self.kv.static:
+                self._scale_kv(block, index, entries, grids)
             for entry, hidden in zip(entries, walk.finish(), strict=True):
                 entry.hidden = hidden
             if original is not None:
@@ -238,6 +251,19 @@ class _Job:
             if scheme.static and rounded[local].input_scale is None:
                 raise InputError(f"{name}.{local}: {UNKNOWN_SCALE}")
         return {local: rounded[local] for local in schemes}
+
+    def _scale_kv(self, block: nn.Module, index: int, entries: list[Entry], grids: Mapping[str, InputGrid]) -> None:
+        """Find what the block's cached keys and values are divided by, now that its weights are quantized."""
+        assert self.kv is not None
+        name = self.blocks.names[index]
+        here = [n for n in attentions(block) if n]
+        if len(here) != 1:
+            raise InputError(f"{name}: --kv {self.kv} needs one attention module, found {len(here)}: leave --kv out.")
+        seen = watch(block, index, entries, grids)
+        if not seen[0].tokens:
+            raise InputError(f"{name}: its attention keeps no keys and values that lowbit can see: leave --kv out.")
+        module = self.source.checkpoint.stored_module(f"{name}.{here[0]}")
+        self.kv_scales = kv_cache.pack(module, *(scale_of(s, self.kv) for s in seen))
 
     def _round(
         self,
@@ -308,6 +334,8 @@ class _Job:
             tensors |= self.layout.pack(module, result.quantized, self.plan.schemes[name])
             if result.input_scale is not None:
                 tensors[f"{module}.input_scale"] = result.input_scale.reshape(1).clone()  # several may share it
+        tensors |= self.kv_scales
+        self.kv_scales = {}
         self.work.write_shard(shard, tensors)
         read = self._reader(shard)
         for name, result in rounded.items():
@@ -338,14 +366,16 @@ class _Job:
 def find_calibration(checkpoint: Checkpoint, recipe: Recipe) -> Calibration | None:
     """The windows the recipe asks for, or None for a method that needs none. Raises InputError as documented there."""
     schemes = [Scheme.parse(s) for s in (recipe.scheme, *(s for _, s in recipe.override))]
-    needed = parse_method(recipe.method).needs_calibration or any(s.static for s in schemes)
+    kv = recipe.kv is not None and KvScheme.parse(recipe.kv).static
+    needed = parse_method(recipe.method).needs_calibration or any(s.static for s in schemes) or kv
     if not needed and recipe.calibration is None:
         return None
     source = recipe.calibration
     if source is None and checkpoint.path == DEMO / "model":
         source = str(DEMO / "calibration.txt")
     if source is None:
-        what = f"method {recipe.method!r}" if parse_method(recipe.method).needs_calibration else "a static scheme"
+        what = "a static scheme" if any(s.static for s in schemes) else f"a key-value cache in {recipe.kv}"
+        what = f"method {recipe.method!r}" if parse_method(recipe.method).needs_calibration else what
         raise InputError(
             f"{what} needs text to calibrate on: --calibration FILE (.txt or .jsonl, best from the domain the model "
             "will be used in), or hub:NAME."

@@ -6,6 +6,7 @@
     samples: 128
     seq_len: 512
     seed: 0
+    kv: int8
     ignore: [lm_head]
     override: {"layers.0.*": w8a16}
     set: {dampening_frac: 0.05}
@@ -22,6 +23,7 @@ from typing import Any
 import yaml
 
 from lowbit.errors import InputError, nearest
+from lowbit.kv_scheme import KvScheme
 from lowbit.scheme import Scheme
 
 
@@ -33,6 +35,7 @@ class Recipe:
     samples: int = 128
     seq_len: int = 512
     seed: int = 0
+    kv: str | None = None  # how keys and values are cached; None: in 16 bits
     ignore: tuple[str, ...] = ()
     override: tuple[tuple[str, str], ...] = ()
     set: tuple[tuple[str, str], ...] = ()
@@ -42,6 +45,8 @@ class Recipe:
         Scheme.parse(self.scheme)
         for _, scheme in self.override:
             Scheme.parse(scheme)
+        if self.kv is not None:
+            KvScheme.parse(self.kv)
         if not 0 <= self.repair < 1:
             raise InputError(f"repair is a relative error from 0 (off) to 1, got {self.repair}.")
         if self.seed < 0:
@@ -94,6 +99,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 def _checked(path: Path, key: str, value: Any) -> Any:
     expected: dict[str, Any] = {
         "scheme": str, "method": str, "calibration": (str, type(None)), "samples": int, "seq_len": int, "seed": int,
+        "kv": (str, type(None)),
         "ignore": list, "override": dict, "set": dict,
         "repair": (float, int),
     }  # fmt: skip

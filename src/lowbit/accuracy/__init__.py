@@ -34,11 +34,13 @@ def evaluate(
     runtime: Runtime = "auto",
     max_ppl_increase: float | None = None,
     max_kl: float | None = None,
+    kv: str | None = None,
 ) -> dict[str, Any]:
     """The `evaluate` document of `models` against the float32 original, on a .txt or .jsonl file.
 
     `against` defaults to the model that a lowbit output was made from. `max_ppl_increase` (0.01 is 1 %) and `max_kl`
-    are gates: each result's `gates` says whether it met them. `windows` takes only so many, spread evenly over the
+    are gates: each result's `gates` says whether it met them. `kv` is how the models cache keys and values
+    (engine.load); the original's own cache stays in 16 bits. `windows` takes only so many, spread evenly over the
     text. A lowbit output gets its result as evaluate.json.
     """
     if not models:
@@ -62,7 +64,7 @@ def evaluate(
         cut = cut[np.linspace(0, len(cut) - 1, windows).round().astype(int)]
 
     floor_engine = load(original, runtime)
-    engines = [load(m, runtime) for m in models]
+    engines = [load(m, runtime, kv) for m in models]
     for name, engine in zip(models, engines, strict=True):
         if engine.vocab_size != reference.vocab_size:
             raise InputError(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from lowbit.cli.options import Json, Quiet, Runtime, Verbose, begin, check_runtime, write_document
+from lowbit.cli.options import Json, Kv, Quiet, Runtime, Verbose, begin, check_runtime, write_document
 from lowbit.console import note
 from lowbit.errors import InputError
 
@@ -34,6 +34,7 @@ def chat(
     seed: Annotated[int | None, typer.Option(help="Seed of the draws (default: a fresh one).")] = None,
     prompt_lookup: Annotated[int, typer.Option(metavar="K", help="Guess K tokens ahead from the text (0: off).")] = 0,
     runtime: Runtime = "auto",
+    kv: Kv = None,
     json: Json = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -48,7 +49,7 @@ def chat(
         temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty,
         max_new_tokens=max_new_tokens, stop=tuple(stop or ()), seed=fresh_seed() if seed is None else seed,
     )  # fmt: skip
-    engine = load(path, kind)
+    engine = load(path, kind, kv)
     talk = Talk(engine, params, prompt_lookup, sys.stderr if json == "-" else sys.stdout, system)
     if prompt is not None:
         talk.turn(prompt)

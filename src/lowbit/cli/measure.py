@@ -6,6 +6,7 @@ import typer
 
 from lowbit.cli.options import (
     Json,
+    Kv,
     Quiet,
     Runtime,
     Seed,
@@ -34,6 +35,7 @@ def evaluate(
     max_ppl_increase: Annotated[str | None, typer.Option(metavar="1%", help="Gate: exit 3 above this.")] = None,
     max_kl: Annotated[float | None, typer.Option(help="Gate: exit 3 above this KL divergence.", min=0)] = None,
     runtime: Runtime = "auto",
+    kv: Kv = None,
     trust_remote_code: Trust = False,
     json: Json = None,
     quiet: Quiet = False,
@@ -45,7 +47,8 @@ def evaluate(
     kind = check_runtime(runtime)
     from lowbit.accuracy import evaluate as run
 
-    document = run(models, text, against=against, seq_len=seq_len, runtime=kind, max_ppl_increase=limit, max_kl=max_kl)
+    limits = {"max_ppl_increase": limit, "max_kl": max_kl}
+    document = run(models, text, against=against, seq_len=seq_len, runtime=kind, kv=kv, **limits)
     finish("evaluate", document, json, accuracy_table(document))
     missed = [(r["model"], g) for r in document["results"] for g in r["gates"] if not g["met"]]
     if missed:
@@ -108,6 +111,7 @@ def bench(
     max_ttft: Annotated[str | None, typer.Option(metavar="200ms", help="Of a server: limit for goodput.")] = None,
     max_tpot: Annotated[str | None, typer.Option(metavar="20ms", help="Of a server: limit for goodput.")] = None,
     runtime: Runtime = "auto",
+    kv: Kv = None,
     seed: Seed = 0,
     trust_remote_code: Trust = False,
     json: Json = None,
@@ -131,6 +135,7 @@ def bench(
         precision=percent(precision, "--precision"),
         load=Load(requests, rate=rate, max_ttft=first, max_tpot=each),
         runtime=kind,
+        kv=kv,
         seed=seed,
     )
     finish("bench", document, json, speed_table(document), seed)

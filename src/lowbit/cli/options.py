@@ -27,6 +27,13 @@ Runtime = Annotated[
     str, typer.Option(help="What computes: auto, transformers, or bfloat16 and float32 (weights dequantized).")
 ]
 
+Kv = Annotated[
+    str | None,
+    typer.Option(
+        "--kv", metavar="int8|int4|fp8|none", help="How keys and values are cached (default: as the model says)."
+    ),
+]
+
 
 def begin(quiet: bool, verbose: bool, trust_remote_code: bool = False) -> None:
     set_verbosity(0 if quiet else 2 if verbose else 1)

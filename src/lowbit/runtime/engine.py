@@ -13,8 +13,10 @@ from typing import Literal
 import torch
 
 from lowbit.errors import InputError
+from lowbit.formats.kv_cache import KvCache
+from lowbit.kv_scheme import KvScheme
 from lowbit.model.checkpoint import Checkpoint, open_checkpoint
-from lowbit.model.load import compute_dtype, open_source, skeleton
+from lowbit.model.load import compute_dtype, open_source, skeleton, stored_kv_cache
 from lowbit.runtime.base import Engine
 from lowbit.runtime.general import GeneralEngine
 from lowbit.runtime.native import NativeEngine, why_not
@@ -24,8 +26,12 @@ RUNTIMES = ("auto", "transformers", "bfloat16", "float32")
 
 
 @torch.no_grad()
-def load(model: str | Path | Checkpoint, runtime: Runtime = "auto") -> Engine:
-    """Load a model directory, hub id, lowbit output or 'demo'. Raises InputError for everything wrong with it."""
+def load(model: str | Path | Checkpoint, runtime: Runtime = "auto", kv: str | None = None) -> Engine:
+    """Load a model directory, hub id, lowbit output or 'demo'. Raises InputError for everything wrong with it.
+
+    `kv` is how keys and values are cached: as the directory says (None), in 16 bits ("none"), or a word of
+    kv_scheme.py; "int8" and "int4" need nothing stored.
+    """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     net = skeleton(checkpoint)
     if not net.can_generate():
@@ -35,8 +41,27 @@ def load(model: str | Path | Checkpoint, runtime: Runtime = "auto") -> Engine:
             "transformers runs them."
         )
     source = open_source(net, checkpoint)
+    cache = choose_kv_cache(None if kv == "none" else stored_kv_cache(net, source), kv, str(checkpoint.path))
     if runtime == "auto" and why_not(net.config, source.schemes, rotated=source.rotated) is None:
-        return NativeEngine(net.config, source)
+        return NativeEngine(net.config, source, cache)
     kernels = runtime in ("auto", "transformers")
     dtype = compute_dtype() if kernels else getattr(torch, runtime)
-    return GeneralEngine(net, source, dtype, kernels=kernels)
+    return GeneralEngine(net, source, dtype, kernels=kernels, kv=cache)
+
+
+def choose_kv_cache(stored: KvCache | None, asked: str | None, path: str) -> KvCache | None:
+    """The cache that was asked for, with the directory's scales where they fit, or found at run time. Raises
+    InputError for one that needs scales which are not there."""
+    if asked is None or asked == "none":
+        return stored
+    scheme = KvScheme.parse(asked)
+    if stored is not None and (stored.scheme == scheme or asked == stored.scheme.family):
+        return stored
+    if asked == "int8":
+        scheme = KvScheme.parse("int8-token")
+    if scheme.static:
+        raise InputError(
+            f"--kv {asked} needs scales found by calibration, and {path} has none of that kind: quantize with "
+            f"--kv {asked}, or use int8 or int4, whose scales are found at run time."
+        )
+    return KvCache(scheme)

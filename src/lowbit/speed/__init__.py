@@ -45,11 +45,11 @@ class Scenario:
 class Worker:
     """A model in a process of its own (speed/worker.py)."""
 
-    def __init__(self, model: str, runtime: str) -> None:
+    def __init__(self, model: str, runtime: str, kv: str | None = None) -> None:
         self.model = model
         command = [sys.executable, "-m", "lowbit.speed.worker"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.facts = self.ask({"load": model, "runtime": runtime})
+        self.facts = self.ask({"load": model, "runtime": runtime, "kv": kv})
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -94,6 +94,7 @@ def bench(
     grid: Sequence[Scenario] = (),
     load: Load | None = None,
     runtime: str = "auto",
+    kv: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """The `bench` document of `models`, and the ratios to `against` (above 1: better than it).
@@ -101,6 +102,8 @@ def bench(
     With `precision` (0.02 is 2 %), rounds go on after `repeats` until half the interval of every model's ratio (of
     its time per token, without `against`) is within it, or until MOST_ROUNDS times as many have run. `grid` are more
     scenarios, run GRID_REPEATS times each, for a model of times at other sizes; their rows are the document's `grid`.
+
+    `kv` is how the models cache keys and values (runtime.engine.load); the one they are compared with keeps its own.
 
     A model may be the URL of an OpenAI-compatible server: then `load` says how it is asked (speed/load.py), by default
     as many clients at once as the batch size.
@@ -123,7 +126,7 @@ def bench(
         open_checkpoint(name)  # refuse before anything starts
     peak = measure_bandwidth()
     with ExitStack() as stack:
-        workers = [stack.enter_context(Worker(name, runtime)) for name in names]
+        workers = [stack.enter_context(Worker(n, runtime, None if n == str(against) else kv)) for n in names]
         runs = _alternate(workers, scenarios, repeats, seed, precision)
         rough = _alternate(workers, list(grid), GRID_REPEATS, seed)
     results = [
