@@ -124,7 +124,7 @@ def quantize(
         document["kv_cache"] = kv_report(job.kv, work.path)
     rotated = [checkpoint.stored_module(r["name"]) for r in layers if r["rotated"]]
     quantization = layout.quantization_config(named_twice(plan.schemes, checkpoint), rotated)
-    config = kv_cache.write_config({"quantization_config": quantization}, job.kv)
+    config = kv_cache.write_config({"quantization_config": quantization}, job.kv, products=recipe.products)
     finish_directory(work, checkpoint, config, recipe, calibration, identity, document)
     work.close()
     return document

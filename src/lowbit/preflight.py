@@ -39,6 +39,11 @@ def make_plan(model: PreTrainedModel, blocks: Blocks, checkpoint: Checkpoint, re
     composition = parse_method(recipe.method)
     settings_of(composition, dict(recipe.set))
     method = METHODS[composition.rounding]
+    if recipe.products and not model._can_set_attn_implementation():
+        raise InputError(
+            f"scheme {recipe.scheme}: the attention of {type(model).__name__} is written out in its own class, so its "
+            f"products cannot be computed in int8: use {recipe.scheme.removesuffix('-bmm')}."
+        )
     if checkpoint.quantization is not None:
         raise InputError(
             f"{checkpoint.name}: already quantized ({checkpoint.quantization.get('quant_method')}). Quantizing twice "

@@ -16,7 +16,7 @@ The manifest of any output directory holds the same words, so it can be given ba
 
 import fnmatch
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +44,10 @@ class Recipe:
     def __post_init__(self) -> None:
         Scheme.parse(self.scheme)
         for _, scheme in self.override:
-            Scheme.parse(scheme)
+            if Scheme.parse(scheme).products:
+                raise InputError(
+                    f"override {scheme!r}: -bmm is about a whole model's attention: give it with --scheme."
+                )
         if self.kv is not None:
             KvScheme.parse(self.kv)
         if not 0 <= self.repair < 1:
@@ -65,7 +68,12 @@ class Recipe:
         for pattern, scheme in reversed(self.override):
             if matches(pattern, linear):
                 return Scheme.parse(scheme)
-        return Scheme.parse(self.scheme)
+        return replace(Scheme.parse(self.scheme), products=False)
+
+    @property
+    def products(self) -> bool:
+        """Whether attention's two batched products are to be computed in int8."""
+        return Scheme.parse(self.scheme).products
 
     def to_dict(self) -> dict[str, Any]:
         """The words of the YAML form."""

@@ -47,8 +47,9 @@ def evaluate(
     kind = check_runtime(runtime)
     from lowbit.accuracy import evaluate as run
 
-    limits = {"max_ppl_increase": limit, "max_kl": max_kl}
-    document = run(models, text, against=against, seq_len=seq_len, runtime=kind, kv=kv, **limits)
+    document = run(
+        models, text, against=against, seq_len=seq_len, runtime=kind, kv=kv, max_ppl_increase=limit, max_kl=max_kl
+    )
     finish("evaluate", document, json, accuracy_table(document))
     missed = [(r["model"], g) for r in document["results"] for g in r["gates"] if not g["met"]]
     if missed:

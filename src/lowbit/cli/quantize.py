@@ -91,8 +91,8 @@ def _check_reached(document: dict[str, Any], limit: float | None) -> None:
     output, alarms = document["output"], (document.get("kv_cache") or {}).get("alarms", [])
     if alarms and limit is not None and limit < 1:
         raise QualityGateError(
-            f"{output}: {len(alarms)} scales of the key-value cache are 1.0, because calibration did not reach them; the "
-            f"first: {alarms[0]}. What was made stays. Give more or broader --calibration text, or accept it with "
+            f"{output}: {len(alarms)} scales of the key-value cache are 1.0, because calibration did not reach them; "
+            f"the first: {alarms[0]}. What was made stays. Give more or broader --calibration text, or accept it with "
             "--max-unreached 100%."
         )
     starved = [r["name"] for r in document["layers"] if r["fallback"] and WORSE not in r["fallback"]]

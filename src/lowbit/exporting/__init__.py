@@ -13,8 +13,10 @@ from lowbit.errors import InputError, nearest
 from lowbit.exporting.directory import export_directory
 from lowbit.exporting.gguf import Request, export_gguf
 from lowbit.formats import awq, gguf_grids, gptq, modelopt
+from lowbit.formats.kv_cache import PRODUCTS_WORD, scheme_of
 from lowbit.model.checkpoint import Checkpoint, open_checkpoint
 from lowbit.model.load import open_source, skeleton
+from lowbit.runtime.int8_products import WHY_HERE_ONLY
 from lowbit.scheme import Scheme
 
 __all__ = ["FORMATS", "Request", "export"]
@@ -49,6 +51,7 @@ def export(
     checkpoint = open_checkpoint(model)
     if checkpoint.gguf is not None:
         raise InputError(f"{checkpoint.name}: is a GGUF file; export the model that it was made from.")
+    _check_attention(checkpoint, format)
     _check_scheme(checkpoint, format)
     head = {"model": checkpoint.name, "output": str(target), "format": format}
     if format == "gguf":
@@ -77,6 +80,18 @@ def _check_scheme(checkpoint: Checkpoint, format: str) -> None:
                 f"{name} is {scheme}, which {format} cannot carry: {reason}. {instead}; the directory itself is in "
                 f"compressed-tensors, which vLLM and transformers load."
             )
+
+
+def _check_attention(checkpoint: Checkpoint, format: str) -> None:
+    """Raise InputError for what a directory says of attention and of the cache: the formats hold weights."""
+    if PRODUCTS_WORD in checkpoint.config:
+        raise InputError(f"{checkpoint.name}: {WHY_HERE_ONLY}. Quantize without -bmm to export.")
+    scheme = scheme_of(checkpoint.config)
+    if scheme is not None:
+        raise InputError(
+            f"{checkpoint.name}: its key-value cache is {scheme}, and {format} holds weights alone. Quantize without "
+            "--kv to export; llama.cpp and others choose their cache when they start (--cache-type-k q8_0)."
+        )
 
 
 def _check_file(path: Path, *, force: bool) -> None:

@@ -5,7 +5,8 @@ compressed-tensors carries stored scales: `kv_cache_scheme` in quantization_conf
     k_scale, v_scale    float32, [1] or one for each key-value head (heads, 1, 1)
 
 Scales found at run time, and any cache under another quant_method, are said by one word of config.json that other
-engines do not read (they then keep 16 bits): `"lowbit_kv_cache": "int4"`. The tensors are the same.
+engines do not read (they then keep 16 bits): `"lowbit_kv_cache": "int4"`. The tensors are the same. Another such word,
+`"lowbit_attention_products": "int8"`, says that attention multiplies in int8.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -20,6 +21,7 @@ from lowbit.errors import InputError
 from lowbit.kv_scheme import GROUP, KvScheme
 
 OWN_WORD = "lowbit_kv_cache"
+PRODUCTS_WORD = "lowbit_attention_products"
 _STRATEGIES = {"tensor": "tensor", "head": "attn_head"}
 
 
@@ -38,8 +40,10 @@ class KvCache:
         return f"{self.scheme.family} KV cache (a {kind} per {where[self.scheme.granularity]})"
 
 
-def write_config(config: Mapping[str, Any], scheme: KvScheme | None) -> Mapping[str, Any]:
-    """config.json's words with the cache's scheme in them."""
+def write_config(config: Mapping[str, Any], scheme: KvScheme | None, *, products: bool = False) -> Mapping[str, Any]:
+    """config.json's words with the cache's scheme and attention's products in them."""
+    if products:
+        config = {**config, PRODUCTS_WORD: "int8"}
     if scheme is None:
         return config
     quantization = config.get("quantization_config") or {}

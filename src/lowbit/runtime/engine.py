@@ -13,12 +13,13 @@ from typing import Literal
 import torch
 
 from lowbit.errors import InputError
-from lowbit.formats.kv_cache import KvCache
+from lowbit.formats.kv_cache import PRODUCTS_WORD, KvCache
 from lowbit.kv_scheme import KvScheme
 from lowbit.model.checkpoint import Checkpoint, open_checkpoint
 from lowbit.model.load import compute_dtype, open_source, skeleton, stored_kv_cache
 from lowbit.runtime.base import Engine
 from lowbit.runtime.general import GeneralEngine
+from lowbit.runtime.int8_products import use_int8_products
 from lowbit.runtime.native import NativeEngine, why_not
 
 Runtime = Literal["auto", "transformers", "bfloat16", "float32"]
@@ -42,11 +43,16 @@ def load(model: str | Path | Checkpoint, runtime: Runtime = "auto", kv: str | No
         )
     source = open_source(net, checkpoint)
     cache = choose_kv_cache(None if kv == "none" else stored_kv_cache(net, source), kv, str(checkpoint.path))
-    if runtime == "auto" and why_not(net.config, source.schemes, rotated=source.rotated) is None:
+    products = PRODUCTS_WORD in checkpoint.config
+    if products:
+        use_int8_products(net)
+    if runtime == "auto" and not products and why_not(net.config, source.schemes, rotated=source.rotated) is None:
         return NativeEngine(net.config, source, cache)
     kernels = runtime in ("auto", "transformers")
     dtype = compute_dtype() if kernels else getattr(torch, runtime)
-    return GeneralEngine(net, source, dtype, kernels=kernels, kv=cache)
+    engine = GeneralEngine(net, source, dtype, kernels=kernels, kv=cache)
+    engine.runtime += ", int8 attention products" if products else ""
+    return engine
 
 
 def choose_kv_cache(stored: KvCache | None, asked: str | None, path: str) -> KvCache | None:
