@@ -10,7 +10,7 @@ calibration never reached is an alarm.
 """
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +20,11 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 
 from lowbit.console import note
+from lowbit.errors import InputError
+from lowbit.formats.kv_cache import pack
 from lowbit.kv_scheme import KvScheme
 from lowbit.model.checkpoint import read_header
-from lowbit.model.walk import Entry, linears
+from lowbit.model.walk import Entry, attentions, linears
 from lowbit.numerics import round_to_grid
 from lowbit.scheme import TensorScheme
 from lowbit.shards import read_tensor
@@ -84,6 +86,23 @@ def watch(block: nn.Module, index: int, entries: Sequence[Entry], grids: Mapping
         for handle in handles:
             handle.remove()
     return cache.keys, cache.values
+
+
+def block_scales(
+    block: nn.Module, name: str, index: int, entries: Sequence[Entry], grids: Mapping[str, InputGrid], scheme: KvScheme,
+    stored_module: Callable[[str], str],
+) -> dict[str, Tensor]:  # fmt: skip
+    """The tensors to store for block `name`, the index-th, whose weights are quantized by now; none for a scheme that
+    finds its scales at run time. Raises InputError for attention that cannot be watched."""
+    if not scheme.static:
+        return {}
+    found = [n for n in attentions(block) if n]
+    if len(found) != 1:
+        raise InputError(f"{name}: --kv {scheme} needs one attention module, found {len(found)}: leave --kv out.")
+    keys, values = watch(block, index, entries, grids)
+    if not keys.tokens:
+        raise InputError(f"{name}: its attention keeps no keys and values that lowbit can see: leave --kv out.")
+    return pack(stored_module(f"{name}.{found[0]}"), scale_of(keys, scheme), scale_of(values, scheme))
 
 
 def scale_of(seen: Seen, scheme: KvScheme) -> Tensor:

@@ -34,9 +34,12 @@ def versions() -> dict[str, str]:
     return {"lowbit": lowbit.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def document_of(output: Path, recipe: Recipe, layers: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """The `quantize` document."""
-    bits = sum(r["bits"] * r["weights"] for r in layers) / sum(r["weights"] for r in layers)
+def document_of(
+    output: Path, recipe: Recipe, layers: list[dict[str, Any]], seconds: float, stored_bits: int
+) -> dict[str, Any]:
+    """The `quantize` document; `stored_bits` a weight where no linear was quantized (a key-value cache alone)."""
+    weights = sum(r["weights"] for r in layers)
+    bits = sum(r["bits"] * r["weights"] for r in layers) / weights if weights else float(stored_bits)
     return {
         "output": str(output),
         "scheme": recipe.scheme,

@@ -61,7 +61,8 @@ def estimate_memory(model: nn.Module, blocks: Blocks, recipe: Recipe, threads: i
     shapes = [(m.out_features, m.in_features) for n, m in linears(model).items() if n.startswith(block + ".")]
     hidden = min(width for _, width in shapes)
     inner = max(width for _, width in shapes)
-    calibrates = parse_method(recipe.method).needs_calibration or recipe.calibration is not None
+    needed = parse_method(recipe.method).needs_calibration or recipe.stores_kv_scales
+    calibrates = needed or recipe.calibration is not None
     tokens = recipe.samples * recipe.seq_len if calibrates else 0
     # one group: its rows stacked, min-max result, searched result, error; its statistics, train and held out
     rounding = max(rows * width for rows, width in shapes) * _COPIES * 4

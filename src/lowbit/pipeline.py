@@ -29,8 +29,7 @@ from lowbit.forecast import forecast
 from lowbit.formats import kv_cache
 from lowbit.formats.choose import Format, format_for
 from lowbit.formats.compressed_tensors import unpack_input
-from lowbit.kv_scales import kv_report, scale_of, watch
-from lowbit.kv_scheme import KvScheme
+from lowbit.kv_scales import block_scales, kv_report
 from lowbit.manifest import document_of, finish_directory, named_twice, shard_name, versions
 from lowbit.memory import BATCH, choose_frugal, estimate_memory, give_back
 from lowbit.model.checkpoint import DEMO, Checkpoint, open_checkpoint, read_header
@@ -49,7 +48,7 @@ from lowbit.model.lockstep import Walk
 from lowbit.model.original import Correction, Original
 from lowbit.model.rotate import rotate
 from lowbit.model.stream import probe
-from lowbit.model.walk import Blocks, Entry, attentions, capture_entries, find_blocks, input_groups, linears
+from lowbit.model.walk import Blocks, Entry, capture_entries, find_blocks, input_groups, linears
 from lowbit.preflight import Plan, check_disk, make_plan
 from lowbit.recipe import Recipe
 from lowbit.repair import repair
@@ -119,12 +118,12 @@ def quantize(
     layout = format_for(plan.schemes.values(), own_layout=METHODS[method.rounding].own_layout)
     job = _Job(net, open_source(net, view), blocks, plan, recipe, work, layout, torch.get_num_threads(), frugal)
     layers = job.run(calibration)
-    document = document_of(output, recipe, layers, time.perf_counter() - start)
-    if job.kv is not None:
-        document["kv_cache"] = kv_report(job.kv, work.path)
+    document = document_of(output, recipe, layers, time.perf_counter() - start, 8 * checkpoint.dtype.itemsize)
+    if recipe.kv_scheme is not None:
+        document["kv_cache"] = kv_report(recipe.kv_scheme, work.path)
     rotated = [checkpoint.stored_module(r["name"]) for r in layers if r["rotated"]]
     quantization = layout.quantization_config(named_twice(plan.schemes, checkpoint), rotated)
-    config = kv_cache.write_config({"quantization_config": quantization}, job.kv, products=recipe.products)
+    config = kv_cache.write_config({"quantization_config": quantization}, recipe.kv_scheme, products=recipe.products)
     finish_directory(work, checkpoint, config, recipe, calibration, identity, document)
     work.close()
     return document
@@ -145,10 +144,6 @@ class _Job:
     frugal: bool  # activations on disk, and one batch at a time in memory
     equalized: Equalized = field(default_factory=Equalized)
     kv_scales: dict[str, Tensor] = field(default_factory=dict)  # of the present block, by the files' names
-
-    @property
-    def kv(self) -> KvScheme | None:
-        return None if self.recipe.kv is None else KvScheme.parse(self.recipe.kv)
 
     def stored(self, name: str) -> Tensor:
         """A tensor as it is to be quantized or copied."""
@@ -238,8 +233,9 @@ class _Job:
                         results = {n: replace(r, input_scale=scale) for n, r in results.items()}
                         grids.update({n: InputGrid(scheme.activation, scale) for n in same if scale is not None})
                     rounded |= results
-            if self.kv is not None and self.kv.static:
-                self._scale_kv(block, index, entries, grids)
+            if self.recipe.kv_scheme is not None:
+                module = self.source.checkpoint.stored_module
+                self.kv_scales = block_scales(block, name, index, entries, grids, self.recipe.kv_scheme, module)
             for entry, hidden in zip(entries, walk.finish(), strict=True):
                 entry.hidden = hidden
             if original is not None:
@@ -251,19 +247,6 @@ class _Job:
             if scheme.static and rounded[local].input_scale is None:
                 raise InputError(f"{name}.{local}: {UNKNOWN_SCALE}")
         return {local: rounded[local] for local in schemes}
-
-    def _scale_kv(self, block: nn.Module, index: int, entries: list[Entry], grids: Mapping[str, InputGrid]) -> None:
-        """Find what the block's cached keys and values are divided by, now that its weights are quantized."""
-        assert self.kv is not None
-        name = self.blocks.names[index]
-        here = [n for n in attentions(block) if n]
-        if len(here) != 1:
-            raise InputError(f"{name}: --kv {self.kv} needs one attention module, found {len(here)}: leave --kv out.")
-        seen = watch(block, index, entries, grids)
-        if not seen[0].tokens:
-            raise InputError(f"{name}: its attention keeps no keys and values that lowbit can see: leave --kv out.")
-        module = self.source.checkpoint.stored_module(f"{name}.{here[0]}")
-        self.kv_scales = kv_cache.pack(module, *(scale_of(s, self.kv) for s in seen))
 
     def _round(
         self,
@@ -366,15 +349,15 @@ class _Job:
 def find_calibration(checkpoint: Checkpoint, recipe: Recipe) -> Calibration | None:
     """The windows the recipe asks for, or None for a method that needs none. Raises InputError as documented there."""
     schemes = [Scheme.parse(s) for s in (recipe.scheme, *(s for _, s in recipe.override))]
-    kv = recipe.kv is not None and KvScheme.parse(recipe.kv).static
-    needed = parse_method(recipe.method).needs_calibration or any(s.static for s in schemes) or kv
+    static = any(s.static for s in schemes)
+    needed = parse_method(recipe.method).needs_calibration or static or recipe.stores_kv_scales
     if not needed and recipe.calibration is None:
         return None
     source = recipe.calibration
     if source is None and checkpoint.path == DEMO / "model":
         source = str(DEMO / "calibration.txt")
     if source is None:
-        what = "a static scheme" if any(s.static for s in schemes) else f"a key-value cache in {recipe.kv}"
+        what = "a static scheme" if static else f"a key-value cache in {recipe.kv}"
         what = f"method {recipe.method!r}" if parse_method(recipe.method).needs_calibration else what
         raise InputError(
             f"{what} needs text to calibrate on: --calibration FILE (.txt or .jsonl, best from the domain the model "

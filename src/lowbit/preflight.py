@@ -72,7 +72,7 @@ def make_plan(model: PreTrainedModel, blocks: Blocks, checkpoint: Checkpoint, re
         hits = [n for n in everything if matches(pattern, n)]
         if not hits:
             raise InputError(f"pattern {pattern!r} matches no linear layer. There are {', '.join(_kinds(everything))}.")
-    if all(s.weight is None for s in schemes.values()):
+    if recipe.kv is None and all(s.weight is None for s in schemes.values()):
         raise InputError("nothing is left to quantize: every linear is ignored or has the scheme 'none'.")
     schemes |= dict.fromkeys(sorted(other_products(model)), Scheme(None))
     return Plan(schemes, _output_bytes(everything, schemes, checkpoint))

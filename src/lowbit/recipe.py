@@ -71,6 +71,15 @@ class Recipe:
         return replace(Scheme.parse(self.scheme), products=False)
 
     @property
+    def kv_scheme(self) -> KvScheme | None:
+        return None if self.kv is None else KvScheme.parse(self.kv)
+
+    @property
+    def stores_kv_scales(self) -> bool:
+        """Whether calibration has to find scales of keys and values."""
+        return self.kv_scheme is not None and self.kv_scheme.static
+
+    @property
     def products(self) -> bool:
         """Whether attention's two batched products are to be computed in int8."""
         return Scheme.parse(self.scheme).products

@@ -161,10 +161,21 @@ def test_a_directory_runs_through_its_cache_in_both_engines(
         engine = load(tmp_path / "q")
         assert isinstance(engine, NativeEngine)
         assert "KV cache" in engine.runtime
-        assert kl(general.logits(TOKENS), engine.logits(TOKENS)) < max(2e-3, 0.3 * lost)  # activations in int8 move codes
+        assert kl(general.logits(TOKENS), engine.logits(TOKENS)) < max(
+            2e-3, 0.3 * lost
+        )  # activations in int8 move codes
         streamed = torch.stack(list(engine.stream(TOKENS[:, :9], 8)), 1)
         whole = torch.cat([TOKENS[:, :9], streamed], 1)
         assert torch.equal(engine.logits(whole)[:, 8:-1].argmax(-1), streamed)
+
+
+def test_a_cache_alone(tiny: Path, tmp_path: Path, text_file: Path) -> None:
+    """Weights as they were, keys and values in 8 bits."""
+    document = made(tiny, tmp_path / "q", text_file, scheme="none", kv="int8")
+    assert document["layers"] == []
+    assert document["bits_per_weight"] == 16
+    lost = kl(load(tiny, "float32").logits(TOKENS), load(tmp_path / "q", "float32").logits(TOKENS))
+    assert 0 < lost < 2e-4
 
 
 def test_a_cache_that_the_engine_steps_through_is_that_of_the_whole_text(tiny: Path) -> None:

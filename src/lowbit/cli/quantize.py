@@ -96,7 +96,7 @@ def _check_reached(document: dict[str, Any], limit: float | None) -> None:
             "--max-unreached 100%."
         )
     starved = [r["name"] for r in document["layers"] if r["fallback"] and WORSE not in r["fallback"]]
-    share = len(starved) / len(document["layers"])
+    share = len(starved) / max(len(document["layers"]), 1)
     if limit is not None and share > limit:
         raise QualityGateError(
             f"{output}: {len(starved)} of {len(document['layers'])} linears ({share:.0%}, the limit is {limit:.0%}) "
