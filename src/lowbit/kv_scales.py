@@ -9,6 +9,7 @@ calibration never reached is an alarm.
     4 bits   among fractions f of the maximum the one with the least Σ (x - Q(x; f max|x| / 7))²
 """
 
+import inspect
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,8 +31,9 @@ from lowbit.scheme import TensorScheme
 from lowbit.shards import read_tensor
 from lowbit.tensor import InputGrid
 
+_CACHE = "past_key_values"  # what blocks call it
 _ENOUGH_TOKENS = 16384
-_SAMPLE_TOKENS = 2048
+_SAMPLE_STRIDE = 4  # one token in so many is kept for the search
 _NORM = 2.0
 _FRACTIONS = (1.0, 0.95, 0.9, 0.85, 0.8, 0.75, 0.7, 0.65, 0.6, 0.55, 0.5, 0.45, 0.4, 0.35, 0.3)
 
@@ -50,7 +52,7 @@ class Seen:
         top = rows.abs().amax(0)
         self.absmax = top if self.absmax is None else torch.maximum(self.absmax, top)
         self.tokens += len(rows)
-        self.sample.append(rows[:: max(len(rows) * _ENOUGH_TOKENS // (_SAMPLE_TOKENS * self.tokens), 1)])
+        self.sample.append(rows[::_SAMPLE_STRIDE].clone())
 
 
 class Watching(DynamicCache):  # type: ignore[misc]
@@ -79,13 +81,27 @@ def watch(block: nn.Module, index: int, entries: Sequence[Entry], grids: Mapping
         for entry in entries:
             if entry.held_out or cache.keys.tokens >= _ENOUGH_TOKENS:
                 continue
-            args, words = entry.arguments[index]
-            arguments = [*entry.arguments[:index], (args, words | {"past_key_values": cache})]
+            arguments = [*entry.arguments[:index], _with_cache(block, entry, index, cache)]
             Entry(entry.hidden, arguments, keyword=entry.keyword, returns_tuple=entry.returns_tuple).run(block, index)
     finally:
         for handle in handles:
             handle.remove()
     return cache.keys, cache.values
+
+
+def _with_cache(
+    block: nn.Module, entry: Entry, index: int, cache: Watching
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The block's arguments with `cache` among them, by place or by name as it takes them."""
+    args, words = entry.arguments[index]
+    parameters = inspect.signature(block.forward).parameters
+    if _CACHE in parameters:
+        place = list(parameters).index(_CACHE) - (entry.keyword is None)  # hidden states go before `args`
+        if place < len(args):
+            return (*args[:place], cache, *args[place + 1 :]), words
+    elif not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+        raise InputError(f"{type(block).__name__} takes no cache of keys and values: leave --kv out.")
+    return args, words | {_CACHE: cache}
 
 
 def block_scales(

@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, LlamaConfig, MambaConfig
 
+from lowbit.calibration import tokenize
 from lowbit.errors import InputError
 from lowbit.formats.kv_cache import KvCache, scheme_of, unpack, write_config
 from lowbit.kernels.pack import native
 from lowbit.kv_scales import Seen, kv_report, scale_of
 from lowbit.kv_scheme import KV_SCHEMES, KvScheme
+from lowbit.model.checkpoint import DEMO, open_checkpoint
+from lowbit.model.load import load_tokenizer, open_source, skeleton
 from lowbit.pipeline import quantize
 from lowbit.runtime.engine import load
 from lowbit.runtime.general import GeneralEngine
@@ -237,3 +240,32 @@ def test_the_scheduler_and_its_prefixes_over_an_int4_cache(tiny: Path) -> None:
 
 def test_plain_caches_stay_plain(tiny: Path) -> None:
     assert type(load(tiny, "float32")._new_cache()) is DynamicCache
+
+
+@pytest.mark.model
+def test_what_the_demo_model_loses(tmp_path: Path) -> None:
+    """The claims of docs/methods.md, on two windows of its evaluation text."""
+    text = (DEMO / "evaluation.txt").read_text(encoding="utf-8")[200_000:206_000]
+    tokens = torch.tensor(tokenize(text, load_tokenizer(open_checkpoint("demo")))[:1024].astype("int64")).view(2, 512)
+    truth, lost = load("demo", "float32").logits(tokens), {}
+    for word in ("int8", "int8-token", "fp8", "int4", "int4-head", "int4-tensor"):
+        scheme = KvScheme.parse(word)
+        if scheme.static:
+            quantize("demo", tmp_path / word, scheme="none", method="rtn", kv=word, samples=8)
+        engine = load(tmp_path / word if scheme.static else "demo", "float32", word)
+        lost[word] = kl(truth, engine.logits(tokens))
+        if word == "int8":
+            ones = KvCache(scheme, ((torch.ones(1), torch.ones(1)),) * 8)
+            engine = GeneralEngine(*demo_parts(), torch.float32, kernels=False, kv=ones)
+            lost["scale 1.0"] = kl(truth, engine.logits(tokens))
+    assert lost["int8-token"] < lost["int8"] < 5e-4
+    assert lost["int8"] < 0.05 * lost["scale 1.0"]
+    assert lost["fp8"] < 4e-3
+    assert lost["int4"] < 0.6 * lost["int4-head"]
+    assert lost["int4"] < 0.02
+
+
+def demo_parts() -> tuple[Any, Any]:
+    checkpoint = open_checkpoint("demo")
+    net = skeleton(checkpoint)
+    return net, open_source(net, checkpoint)

@@ -61,7 +61,8 @@ def choose_kv_cache(stored: KvCache | None, asked: str | None, path: str) -> KvC
     if asked is None or asked == "none":
         return stored
     scheme = KvScheme.parse(asked)
-    if stored is not None and (stored.scheme == scheme or asked == stored.scheme.family):
+    plain = scheme.static and asked == scheme.family  # "int8" is whatever int8 scales are stored
+    if stored is not None and (stored.scheme == scheme or (plain and stored.scheme.family == asked)):
         return stored
     if asked == "int8":
         scheme = KvScheme.parse("int8-token")
