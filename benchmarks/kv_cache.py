@@ -1,6 +1,6 @@
 """What a quantized key-value cache costs in accuracy: KL of the demo model, weights as they were, cache by cache.
 
-    python benchmarks/kv_cache.py [--windows 28] [--json FILE]
+    python benchmarks/kv_cache.py [--windows 12] [--json FILE]
 
 Scored as `lowbit evaluate` does, on windows of 512 spread over the evaluation text, through the cache of the engine.
 "float32" is transformers' model class with the quantized cache; "native" is lowbit's decoder with the original's bf16
@@ -25,7 +25,7 @@ from lowbit.pipeline import quantize
 from lowbit.runtime.base import Engine
 from lowbit.runtime.engine import load
 
-SAMPLES = 32  # calibration windows of 512 tokens
+SAMPLES = 16  # calibration windows of 512 tokens
 SEQ_LEN, CONTEXT = 512, 1024
 
 
@@ -44,7 +44,7 @@ def figures(own: Scores) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--windows", type=int, default=28)
+    parser.add_argument("--windows", type=int, default=12)
     parser.add_argument("--json", type=Path)
     a = parser.parse_args()
     set_verbosity(0)
