@@ -89,9 +89,7 @@ def watch(block: nn.Module, index: int, entries: Sequence[Entry], grids: Mapping
     return cache.keys, cache.values
 
 
-def _with_cache(
-    block: nn.Module, entry: Entry, index: int, cache: Watching
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def _with_cache(block: nn.Module, entry: Entry, index: int, cache: Watching) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The block's arguments with `cache` among them, by place or by name as it takes them."""
     args, words = entry.arguments[index]
     parameters = inspect.signature(block.forward).parameters

@@ -92,8 +92,11 @@ def pack(attention: str, k_scale: Tensor, v_scale: Tensor) -> dict[str, Tensor]:
 def unpack(
     scheme: KvScheme, attentions: Sequence[str], heads: int, get: Callable[[str], Tensor], source: str
 ) -> KvCache:
-    """The stored scales of every layer. Raises InputError for scales that are missing or are none; says aloud where all
-    of them are 1, which is what tools write that did not calibrate."""
+    """The stored scales of every layer, whose attention has so many query `heads`.
+
+    Raises InputError for scales that are missing or are none; says aloud where all of them are 1, which is what tools
+    write that did not calibrate.
+    """
     if not scheme.static:
         return KvCache(scheme)
     scales = []
@@ -107,8 +110,12 @@ def unpack(
                     f"{source}: the config promises stored scales of the key-value cache, and {name}.{tail} is in no "
                     "shard. Quantize again with --kv, or leave the cache in 16 bits with --kv none."
                 ) from error
-            if scale.numel() not in (1, heads) or not bool((torch.isfinite(scale) & (scale > 0)).all()):
-                raise InputError(f"{source}: {name}.{tail} is {scale.tolist()[:8]}: expected 1 or {heads} numbers > 0.")
+            shared = scale.numel() > 0 and heads % scale.numel() == 0
+            if not shared or not bool((torch.isfinite(scale) & (scale > 0)).all()):
+                raise InputError(
+                    f"{source}: {name}.{tail} is {scale.tolist()[:8]}: expected a positive number, or one for each "
+                    f"key-value head ({heads} query heads share them)."
+                )
             pair.append(scale)
         scales.append((pair[0], pair[1]))
     if scales and all(bool((s == 1).all()) for pair in scales for s in pair):

@@ -181,8 +181,8 @@ def stored_kv_cache(model: PreTrainedModel, source: Source) -> KvCache | None:
     if scheme is None:
         return None
     config, checkpoint = model.config.get_text_config(), source.checkpoint
-    heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
-    return kv_cache.unpack(scheme, attentions(model), heads, checkpoint.get, str(checkpoint.path))
+    names, heads = attentions(model), int(config.num_attention_heads)
+    return kv_cache.unpack(scheme, names, heads, checkpoint.get, str(checkpoint.path))
 
 
 def open_source(model: PreTrainedModel, checkpoint: Checkpoint) -> Source:
