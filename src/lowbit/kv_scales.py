@@ -31,7 +31,7 @@ from lowbit.scheme import TensorScheme
 from lowbit.shards import read_tensor
 from lowbit.tensor import InputGrid
 
-_CACHE = "past_key_values"  # what blocks call it
+_CACHE = ("past_key_values", "layer_past", "past_key_value")  # what blocks call it
 _ENOUGH_TOKENS = 16384
 _SAMPLE_STRIDE = 4  # one token in so many is kept for the search
 _NORM = 2.0
@@ -93,13 +93,14 @@ def _with_cache(block: nn.Module, entry: Entry, index: int, cache: Watching) -> 
     """The block's arguments with `cache` among them, by place or by name as it takes them."""
     args, words = entry.arguments[index]
     parameters = inspect.signature(block.forward).parameters
-    if _CACHE in parameters:
-        place = list(parameters).index(_CACHE) - (entry.keyword is None)  # hidden states go before `args`
+    word = next((w for w in _CACHE if w in parameters), _CACHE[0])
+    if word in parameters:
+        place = list(parameters).index(word) - (entry.keyword is None)  # hidden states go before `args`
         if place < len(args):
             return (*args[:place], cache, *args[place + 1 :]), words
     elif not any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         raise InputError(f"{type(block).__name__} takes no cache of keys and values: leave --kv out.")
-    return args, words | {_CACHE: cache}
+    return args, words | {word: cache}
 
 
 def block_scales(

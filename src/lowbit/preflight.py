@@ -39,6 +39,8 @@ def make_plan(model: PreTrainedModel, blocks: Blocks, checkpoint: Checkpoint, re
     composition = parse_method(recipe.method)
     settings_of(composition, dict(recipe.set))
     method = METHODS[composition.rounding]
+    if recipe.kv is not None and not model.can_generate():
+        raise InputError(f"{type(model).__name__} does not generate, so it caches no keys and values: leave --kv out.")
     if recipe.products and not model._can_set_attn_implementation():
         raise InputError(
             f"scheme {recipe.scheme}: the attention of {type(model).__name__} is written out in its own class, so its "
