@@ -7,8 +7,9 @@ import torch
 
 from lowbit.artifact import MANIFEST, file_hashes, read_manifest
 from lowbit.errors import InputError
+from lowbit.formats.kv_cache import scheme_of
 from lowbit.model.checkpoint import open_checkpoint
-from lowbit.model.load import open_source, skeleton
+from lowbit.model.load import open_source, skeleton, stored_kv_cache
 from lowbit.model.stream import last_logits
 from lowbit.model.walk import find_blocks, linears
 
@@ -21,6 +22,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
     model = skeleton(checkpoint)
     source = open_source(model, checkpoint)
     blocks = find_blocks(model)
+    cache = scheme_of(checkpoint.config)
     schemes: dict[str, int] = {}
     for scheme in source.schemes.values():
         schemes[str(scheme)] = schemes.get(str(scheme), 0) + 1
@@ -34,6 +36,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
         "blocks": len(blocks.names),
         "linears": len(linears(model)),
         "schemes": schemes,
+        "kv_cache": None if cache is None else str(cache),
     }
     if (checkpoint.path / MANIFEST).exists():
         manifest = read_manifest(checkpoint.path)
@@ -72,7 +75,9 @@ def verify(path: str | Path) -> dict[str, Any]:
     check("no file was added", f"not in the manifest: {', '.join(added)}" if added else None)
     try:
         checkpoint = open_checkpoint(path)
-        source = open_source(skeleton(checkpoint), checkpoint)
+        net = skeleton(checkpoint)
+        source = open_source(net, checkpoint)
+        stored_kv_cache(net, source)
         expected = {r["name"] for r in manifest["layers"]}
         gone = sorted(expected - set(source.schemes))
         check("every quantized layer is there", f"not quantized in the files: {', '.join(gone[:5])}" if gone else None)

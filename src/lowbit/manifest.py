@@ -35,9 +35,12 @@ def versions() -> dict[str, str]:
     return {"lowbit": lowbit.__version__, "torch": torch.__version__, "transformers": transformers.__version__}
 
 
-def document_of(output: Path, recipe: Recipe, layers: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """The `quantize` document."""
-    bits = sum(r["bits"] * r["weights"] for r in layers) / sum(r["weights"] for r in layers)
+def document_of(
+    output: Path, recipe: Recipe, layers: list[dict[str, Any]], seconds: float, stored_bits: int
+) -> dict[str, Any]:
+    """The `quantize` document; `stored_bits` a weight where no linear was quantized (a key-value cache alone)."""
+    weights = sum(r["weights"] for r in layers)
+    bits = sum(r["bits"] * r["weights"] for r in layers) / weights if weights else float(stored_bits)
     return {
         "output": str(output),
         "scheme": recipe.scheme,
@@ -52,15 +55,16 @@ def document_of(output: Path, recipe: Recipe, layers: list[dict[str, Any]], seco
 def finish_directory(
     work: Work,
     checkpoint: Checkpoint,
-    quantization_config: Mapping[str, Any],
+    words: Mapping[str, Any],
     recipe: Recipe,
     calibration: Calibration | None,
     identity: Mapping[str, Any],
     document: dict[str, Any],
 ) -> None:
-    """Write everything beside the shards; the manifest last, because it holds the others' hashes."""
+    """Write everything beside the shards, `words` into config.json; the manifest last, because it holds the others'
+    hashes."""
     with disk_errors(work.path):
-        config = checkpoint.config | {"quantization_config": quantization_config}
+        config = {**checkpoint.config, **words}
         write_json(work.path / "config.json", config)
         write_json(work.path / INDEX, index_of(work.path))
         copy_small_files(checkpoint, work.path)

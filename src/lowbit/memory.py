@@ -70,7 +70,8 @@ def estimate_memory(
     hidden = getattr(model.config.get_text_config(), "hidden_size", None) or min(
         m.in_features for m in modules.values()
     )
-    calibrates = parse_method(recipe.method).needs_calibration or recipe.calibration is not None
+    needed = parse_method(recipe.method).needs_calibration or recipe.stores_kv_scales
+    calibrates = needed or recipe.calibration is not None
     tokens = recipe.samples * recipe.seq_len if calibrates else 0
     passing = threads * BATCH * recipe.seq_len * 4 * inner * size if calibrates else 0
     working = max(

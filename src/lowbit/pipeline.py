@@ -27,8 +27,10 @@ from lowbit.console import note, track
 from lowbit.equalization import Equalized, Equalizer, make_equalizer
 from lowbit.errors import InputError
 from lowbit.forecast import forecast
+from lowbit.formats import kv_cache
 from lowbit.formats.choose import Format, format_for
 from lowbit.formats.compressed_tensors import unpack_input
+from lowbit.kv_scales import block_scales, kv_report
 from lowbit.learning import Learned, learn_block, learn_model, say
 from lowbit.losses import Statistics, Units
 from lowbit.manifest import document_of, finish_directory, named_twice, shard_name, versions
@@ -125,9 +127,12 @@ def quantize(
     job = _Job(net, source, blocks, plan, recipe, work, layout, torch.get_num_threads(), frugal)
     with using(workers):
         layers = job.run(calibration)
-    document = document_of(output, recipe, layers, time.perf_counter() - start)
+    document = document_of(output, recipe, layers, time.perf_counter() - start, 8 * checkpoint.dtype.itemsize)
+    if recipe.kv_scheme is not None:
+        document["kv_cache"] = kv_report(recipe.kv_scheme, work.path)
     rotated = [checkpoint.stored_module(r["name"]) for r in layers if r["rotated"]]
-    config = layout.quantization_config(named_twice(plan.schemes, checkpoint), rotated)
+    quantization = layout.quantization_config(named_twice(plan.schemes, checkpoint), rotated)
+    config = kv_cache.write_config({"quantization_config": quantization}, recipe.kv_scheme, products=recipe.products)
     finish_directory(work, checkpoint, config, recipe, calibration, identity, document)
     work.close()
     return document
@@ -148,6 +153,7 @@ class _Job:
     frugal: bool  # activations on disk, and one batch at a time in memory
     equalized: Equalized = field(default_factory=Equalized)
     seen: dict[str, Statistics] = field(default_factory=dict)  # by full name, of linears that are still being learned
+    kv_scales: dict[str, Tensor] = field(default_factory=dict)  # of the present block, by the files' names
 
     def stored(self, name: str) -> Tensor:
         """A tensor as it is to be quantized or copied."""
@@ -251,6 +257,9 @@ class _Job:
                         results = {n: replace(r, input_scale=scale) for n, r in results.items()}
                         grids.update({n: InputGrid(scheme.activation, scale) for n in same if scale is not None})
                     rounded |= results
+            if self.recipe.kv_scheme is not None:
+                module = self.source.checkpoint.stored_module
+                self.kv_scales = block_scales(block, name, index, entries, grids, self.recipe.kv_scheme, module)
             hidden_states = walk.finish()
             if original is not None:
                 original.leave()
@@ -403,6 +412,8 @@ class _Job:
             tensors |= self.layout.pack(module, result.quantized, self.plan.schemes[name])
             if result.input_scale is not None:
                 tensors[f"{module}.input_scale"] = result.input_scale.reshape(1).clone()  # several may share it
+        tensors |= self.kv_scales
+        self.kv_scales = {}
         self.work.write_shard(shard, tensors)
         read = self._reader(shard)
         for name, result in rounded.items():
@@ -433,14 +444,16 @@ class _Job:
 def find_calibration(checkpoint: Checkpoint, recipe: Recipe) -> Calibration | None:
     """The windows the recipe asks for, or None for a method that needs none. Raises InputError as documented there."""
     schemes = [Scheme.parse(s) for s in (recipe.scheme, *(s for _, s in recipe.override))]
-    needed = parse_method(recipe.method).needs_calibration or any(s.static for s in schemes)
+    static = any(s.static for s in schemes)
+    needed = parse_method(recipe.method).needs_calibration or static or recipe.stores_kv_scales
     if not needed and recipe.calibration is None:
         return None
     source = recipe.calibration
     if source is None and checkpoint.path == DEMO / "model":
         source = str(DEMO / "calibration.txt")
     if source is None:
-        what = f"method {recipe.method!r}" if parse_method(recipe.method).needs_calibration else "a static scheme"
+        what = "a static scheme" if static else f"a key-value cache in {recipe.kv}"
+        what = f"method {recipe.method!r}" if parse_method(recipe.method).needs_calibration else what
         raise InputError(
             f"{what} needs text to calibrate on: --calibration FILE (.txt or .jsonl, best from the domain the model "
             "will be used in), or hub:NAME."

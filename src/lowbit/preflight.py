@@ -44,6 +44,13 @@ def make_plan(model: PreTrainedModel, blocks: Blocks, checkpoint: Checkpoint, re
             f"{checkpoint.name}: lowbit quantizes Hugging Face directories, not GGUF files: name the model that it was "
             "made from."
         )
+    if recipe.kv is not None and not model.can_generate():
+        raise InputError(f"{type(model).__name__} does not generate, so it caches no keys and values: leave --kv out.")
+    if recipe.products and not model._can_set_attn_implementation():
+        raise InputError(
+            f"scheme {recipe.scheme}: the attention of {type(model).__name__} is written out in its own class, so its "
+            f"products cannot be computed in int8: use {recipe.scheme.removesuffix('-bmm')}."
+        )
     if checkpoint.quantization is not None:
         raise InputError(
             f"{checkpoint.name}: already quantized ({checkpoint.quantization.get('quant_method')}). Quantizing twice "
@@ -78,7 +85,7 @@ def make_plan(model: PreTrainedModel, blocks: Blocks, checkpoint: Checkpoint, re
         hits = [n for n in everything if matches(pattern, n)]
         if not hits:
             raise InputError(f"pattern {pattern!r} matches no linear layer. There are {', '.join(_kinds(everything))}.")
-    if all(s.weight is None for s in schemes.values()):
+    if recipe.kv is None and all(s.weight is None for s in schemes.values()):
         raise InputError("nothing is left to quantize: every linear is ignored or has the scheme 'none'.")
     schemes |= dict.fromkeys(sorted(other_products(model)), Scheme(None))
     return Plan(schemes, _output_bytes(everything, schemes, checkpoint))

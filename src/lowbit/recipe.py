@@ -6,6 +6,7 @@
     samples: 128
     seq_len: 512
     seed: 0
+    kv: int8
     ignore: [lm_head]
     override: {"layers.0.*": w8a16}
     set: {dampening_frac: 0.05}
@@ -15,13 +16,14 @@ The manifest of any output directory holds the same words, so it can be given ba
 
 import fnmatch
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from lowbit.errors import InputError, nearest
+from lowbit.kv_scheme import KvScheme
 from lowbit.scheme import Scheme
 
 
@@ -33,6 +35,7 @@ class Recipe:
     samples: int = 128
     seq_len: int = 512
     seed: int = 0
+    kv: str | None = None  # how keys and values are cached; None: in 16 bits
     ignore: tuple[str, ...] = ()
     override: tuple[tuple[str, str], ...] = ()
     set: tuple[tuple[str, str], ...] = ()
@@ -41,7 +44,12 @@ class Recipe:
     def __post_init__(self) -> None:
         Scheme.parse(self.scheme)
         for _, scheme in self.override:
-            Scheme.parse(scheme)
+            if Scheme.parse(scheme).products:
+                raise InputError(
+                    f"override {scheme!r}: -bmm is about a whole model's attention: give it with --scheme."
+                )
+        if self.kv is not None:
+            KvScheme.parse(self.kv)
         if not 0 <= self.repair < 1:
             raise InputError(f"repair is a relative error from 0 (off) to 1, got {self.repair}.")
         if self.seed < 0:
@@ -60,7 +68,21 @@ class Recipe:
         for pattern, scheme in reversed(self.override):
             if matches(pattern, linear):
                 return Scheme.parse(scheme)
-        return Scheme.parse(self.scheme)
+        return replace(Scheme.parse(self.scheme), products=False)
+
+    @property
+    def kv_scheme(self) -> KvScheme | None:
+        return None if self.kv is None else KvScheme.parse(self.kv)
+
+    @property
+    def stores_kv_scales(self) -> bool:
+        """Whether calibration has to find scales of keys and values."""
+        return self.kv_scheme is not None and self.kv_scheme.static
+
+    @property
+    def products(self) -> bool:
+        """Whether attention's two batched products are to be computed in int8."""
+        return Scheme.parse(self.scheme).products
 
     def to_dict(self) -> dict[str, Any]:
         """The words of the YAML form."""
@@ -94,6 +116,7 @@ def read_recipe(path: Path) -> dict[str, Any]:
 def _checked(path: Path, key: str, value: Any) -> Any:
     expected: dict[str, Any] = {
         "scheme": str, "method": str, "calibration": (str, type(None)), "samples": int, "seq_len": int, "seed": int,
+        "kv": (str, type(None)),
         "ignore": list, "override": dict, "set": dict,
         "repair": (float, int),
     }  # fmt: skip

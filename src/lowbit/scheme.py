@@ -9,6 +9,7 @@ A scheme string reads `w<weight bits>a<activation bits>` and, after dashes, the 
     w8a8            int8 weights (per channel) x int8 activations (one scale per token, found at run time)
     w4a8            4-bit weights (groups of 128) x int8 activations;  w4afp8 the same with FP8 activations
     fp8             FP8 E4M3 weights (per channel) x FP8 activations (per token)
+    w8a8-bmm        and the two batched products of attention in int8 too (any scheme with int8 activations)
     w8a8-static     one activation scale for the whole tensor, found by calibration; also fp8-static
     mxfp4           4-bit floats (E2M1), one power of two per 32 inputs; activations untouched
     nvfp4           4-bit floats (E2M1), one FP8 scale per 16 inputs and one float scale for the tensor
@@ -87,6 +88,7 @@ class Scheme:
 
     weight: TensorScheme | None
     activation: TensorScheme | None = None
+    products: bool = False  # of a model's scheme: attention's Q K^T and P V in int8 as well
 
     @property
     def static(self) -> bool:
@@ -94,6 +96,8 @@ class Scheme:
         return self.activation is not None and self.activation.granularity == "tensor"
 
     def __str__(self) -> str:
+        if self.products:
+            return f"{replace(self, products=False)}{_PRODUCTS}"
         w, a = self.weight, self.activation
         if w is None:
             return "none"
@@ -121,6 +125,13 @@ class Scheme:
         """The scheme that `text` names. Raises InputError with the nearest known strings."""
         if text in PRESETS:
             return PRESETS[text]
+        if text.endswith(_PRODUCTS):
+            scheme = Scheme.parse(text.removesuffix(_PRODUCTS))
+            if scheme.activation is None or (scheme.activation.kind, scheme.products) != ("int", False):
+                raise InputError(
+                    f"scheme {text!r}: attention in int8 ({_PRODUCTS}) goes with int8 activations: w8a8-bmm."
+                )
+            return replace(scheme, products=True)
         if table := _TABLE.fullmatch(text):
             kind: Kind = "nf" if table["name"] == "nf" else "learned"
             size = int(table["group"] or _TABLES[kind][1])
@@ -171,6 +182,7 @@ def _check_activations(text: str, bits: int, activation: str, where: str, match:
         raise InputError(f"scheme {text!r}: stored activation scales (-static) come with w8a8 and fp8.")
 
 
+_PRODUCTS = "-bmm"
 _INTEGER = re.compile(
     r"w(?P<bits>[2-8])a(?P<activation>16|8|fp8)(?:-(?P<granularity>g[0-9]{1,6}|channel|tensor))?(?P<end>-asym|-midrise)?"
     r"(?P<static>-static)?"
@@ -192,6 +204,6 @@ PRESETS = {
     **{f"e8p{bits}": Scheme(TensorScheme("e8p", bits, "channel")) for bits in (2, 3, 4)},
 }
 EXAMPLES = (
-    "w4a16", "w4a16-g128", "w4a16-g32-asym", "w3a16", "w2a16", "w8a16", "w8a16-channel", "w8a8", "w8a8-static", "w4a8",
-    "w4afp8", "nf4", "any4",
+    "w4a16", "w4a16-g128", "w4a16-g32-asym", "w3a16", "w2a16", "w8a16", "w8a16-channel", "w8a8", "w8a8-static",
+    "w8a8-bmm", "w4a8", "w4afp8", "nf4", "any4",
 )  # fmt: skip

@@ -64,8 +64,9 @@ def test_hadamard_is_its_twin_and_its_own_inverse(n: int) -> None:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("kv", ["fp16", "bf16", "int8", "fp8"])
+@pytest.mark.parametrize("kv", ["fp16", "bf16", "int8", "fp8", "int4", "int8-fixed", "int4-fixed"])
 def test_attention_is_its_twin(kv: str, isa: str) -> None:
+    kv, _, fixed = kv.partition("-")
     torch.manual_seed(0)
     for heads, kv_heads, dim, first, tokens, softcap, window in [
         (8, 2, 64, 0, 37, 0.0, 0),
@@ -77,13 +78,15 @@ def test_attention_is_its_twin(kv: str, isa: str) -> None:
     ]:
         q = torch.randn(tokens, heads, dim)
         k, v = torch.randn(2, first + tokens, kv_heads, dim)
-        got = ops.native_attention(q, k, v, kv, first, dim**-0.5, softcap, window, isa)
-        expected = reference.attention(q, k, v, kv, first, dim**-0.5, softcap, window)
+        if fixed:  # as if divided by stored scales: some values are past the grid's end
+            q, k, v = q / 40, k * (40 if kv == "int8" else 3), v * (40 if kv == "int8" else 3)
+        got = ops.native_attention(q, k, v, kv, first, dim**-0.5, softcap, window, isa, fixed=bool(fixed))
+        expected = reference.attention(q, k, v, kv, first, dim**-0.5, softcap, window, fixed=bool(fixed))
         # Decoding over int8 keys rounds the query to 15 bits; all else is float arithmetic.
-        torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-4 if kv == "int8" else 5e-6)
+        torch.testing.assert_close(got, expected, rtol=2e-4, atol=2e-3 if fixed else 2e-4 if kv == "int8" else 5e-6)
 
 
-@pytest.mark.parametrize("kv", ["fp16", "int8"])
+@pytest.mark.parametrize("kv", ["fp16", "int8", "int4"])
 def test_a_token_does_not_depend_on_the_prompt_it_came_with(kv: str) -> None:
     """A cached prefix gives the same bits as the whole prompt at once."""
     torch.manual_seed(0)
@@ -96,7 +99,7 @@ def test_a_token_does_not_depend_on_the_prompt_it_came_with(kv: str) -> None:
 def test_attention_survives_extremes() -> None:
     q = torch.full((3, 2, 16), 1e4)
     k, v = torch.full((3, 2, 16), -1e4), torch.zeros(3, 2, 16)
-    for kv in ("fp16", "bf16", "int8", "fp8"):
+    for kv in ("fp16", "bf16", "int8", "fp8", "int4"):
         assert torch.isfinite(ops.native_attention(q, k, v, kv, 0, 1.0)).all()
 
 

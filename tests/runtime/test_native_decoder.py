@@ -83,8 +83,8 @@ def gap(a: Tensor, b: Tensor) -> float:
 def test_logits_are_those_of_transformers(kind: str, options: dict[str, Any]) -> None:
     model, ids = tiny(kind, **options), torch.randint(3, 160, (150,))
     expected = reference(model, ids)
-    # What remains is the cache's rounding: 11 bits of fp16, 8 of bf16 and int8, 4 of fp8.
-    for kv, tolerance in (("fp16", 2e-3), ("bf16", 2e-2), ("int8", 6e-2), ("fp8", 0.3)):
+    # What remains is the cache's rounding: 11 bits of fp16, 8 of bf16 and int8, 4 of fp8 and int4.
+    for kv, tolerance in (("fp16", 2e-3), ("bf16", 2e-2), ("int8", 6e-2), ("fp8", 0.3), ("int4", 0.5)):
         d = native(model, kv=kv)
         got, best = d.forward(ids, [(150, 0, False)], d.linear_table(), every=True)
         assert got is not None
@@ -96,7 +96,7 @@ def test_logits_are_those_of_transformers(kind: str, options: dict[str, Any]) ->
 def test_prefill_is_step_by_step(kind: str, options: dict[str, Any]) -> None:
     """Bit for bit, through int8 or bf16 activations; int8 keys take another path, within its rounding of the query."""
     model, ids = tiny(kind, **options), torch.randint(3, 160, (100,))
-    for kv, act_group in (("fp16", 32), ("fp8", 32), ("int8", -1)):
+    for kv, act_group in (("fp16", 32), ("fp8", 32), ("int4", 32), ("int8", -1)):
         d = native(model, act_group, kv=kv)
         whole, _ = d.forward(ids, [(100, 0, False)], d.linear_table(), every=True)
         first, _ = d.forward(ids[:60], [(60, 0, False)], d.linear_table(), every=True)

@@ -43,11 +43,13 @@ def evaluate(
     max_kl: float | None = None,
     tasks: Sequence[str] = (),
     limit: int | None = None,
+    kv: str | None = None,
 ) -> dict[str, Any]:
     """The `evaluate` document of `models` against the float32 original, on a .txt or .jsonl file.
 
     `against` defaults to the model that a lowbit output was made from. `max_ppl_increase` (0.01 is 1 %) and `max_kl`
-    are gates: each result's `gates` says whether it met them. `windows` takes only so many, spread evenly over the
+    are gates: each result's `gates` says whether it met them. `kv` is how the models cache keys and values
+    (engine.load); the original's own cache stays in 16 bits. `windows` takes only so many, spread evenly over the
     text. A lowbit output gets its result as evaluate.json.
 
     `tasks` are names of the lm-evaluation-harness or YAML files (accuracy/tasks.py), `limit` takes only so many samples
@@ -87,7 +89,7 @@ def evaluate(
 
     with ExitStack() as stack:
         serving = Serving(window + 1, program=program)  # a server is asked about the token after a window, too
-        engines = [stack.enter_context(_start(m, original, runtime, serving)) for m in models]
+        engines = [stack.enter_context(_start(m, original, runtime, serving, kv)) for m in models]
         for name, engine in zip(models, engines, strict=True):
             if engine.vocab_size != reference.vocab_size:
                 raise InputError(
@@ -129,8 +131,10 @@ def evaluate(
     return document
 
 
-def _start(model: str | Path, original: Checkpoint, runtime: Runtime, serving: Serving) -> Engine:
-    return attach(str(model), original) if is_url(str(model)) else load(model, runtime, serving)
+def _start(
+    model: str | Path, original: Checkpoint, runtime: Runtime, serving: Serving, kv: str | None = None
+) -> Engine:
+    return attach(str(model), original) if is_url(str(model)) else load(model, runtime, serving, kv=kv)
 
 
 def _floor(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
-from lowbit.cli.options import Json, Program, Quiet, Runtime, Verbose, begin, check_runtime, write_document
+from lowbit.cli.options import Json, Kv, Program, Quiet, Runtime, Verbose, begin, check_runtime, write_document
 from lowbit.console import note
 from lowbit.errors import InputError
 
@@ -37,6 +37,7 @@ def chat(
     prompt_lookup: Annotated[int, typer.Option(metavar="K", help="Guess K tokens ahead from the text (0: off).")] = 0,
     runtime: Runtime = "auto",
     program: Program = None,
+    kv: Kv = None,
     json: Json = None,
     quiet: Quiet = False,
     verbose: Verbose = False,
@@ -53,7 +54,7 @@ def chat(
         presence_penalty=presence_penalty, frequency_penalty=frequency_penalty,
         max_new_tokens=max_new_tokens, stop=tuple(stop or ()), seed=fresh_seed() if seed is None else seed,
     )  # fmt: skip
-    engine = load(path, kind, Serving(program=program))
+    engine = load(path, kind, Serving(program=program), kv=kv)
     with engine:
         talk = Talk(engine, params, prompt_lookup, sys.stderr if json == "-" else sys.stdout, system)
         if prompt is not None:

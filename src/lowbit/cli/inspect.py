@@ -42,7 +42,8 @@ def _inspection(document: dict[str, Any], shown: int) -> str:
         f"{document['model']}: {document['architecture']}, {document['parameters'] / 1e6:.1f} M parameters, "
         f"{document['blocks']} blocks, {document['linears']} linears",
         f"{megabytes(document['bytes'])} in {files}, {document['dtype']}; "
-        + (", ".join(f"{n} linears {s}" for s, n in document["schemes"].items()) or "not quantized"),
+        + (", ".join(f"{n} linears {s}" for s, n in document["schemes"].items()) or "not quantized")
+        + (f"; key-value cache {document['kv_cache']}" if document["kv_cache"] else ""),
     ]
     if "layers" in document:
         recipe = document["recipe"]

@@ -8,6 +8,7 @@ import typer
 
 from lowbit.cli.options import (
     Json,
+    Kv,
     Program,
     Quiet,
     Runtime,
@@ -44,6 +45,7 @@ def evaluate(
     limit: Annotated[int | None, typer.Option(help="Of each task only so many samples.")] = None,
     runtime: Runtime = "auto",
     program: Program = None,
+    kv: Kv = None,
     trust_remote_code: Trust = False,
     json: Json = None,
     quiet: Quiet = False,
@@ -58,7 +60,7 @@ def evaluate(
     with tempfile.TemporaryDirectory() as work:
         floor = _original_as_gguf(against, Path(work)) if kind == "llama.cpp" else None
         document = run(
-            models, text, against=against, seq_len=seq_len, windows=windows, runtime=kind, program=program,
+            models, text, against=against, seq_len=seq_len, windows=windows, runtime=kind, program=program, kv=kv,
             floor=floor, max_ppl_increase=most, max_kl=max_kl, tasks=words(tasks), limit=limit,
         )  # fmt: skip
     shown = [accuracy_table(document)] if "text" in document else []
@@ -162,6 +164,7 @@ def bench(
     max_tpot: Annotated[str | None, typer.Option(metavar="20ms", help="Of a server: limit for goodput.")] = None,
     runtime: Runtime = "auto",
     program: Program = None,
+    kv: Kv = None,
     seed: Seed = 0,
     trust_remote_code: Trust = False,
     json: Json = None,
@@ -186,6 +189,7 @@ def bench(
         load=Load(requests, rate=rate, max_ttft=first, max_tpot=each),
         runtime=kind,
         program=program,
+        kv=kv,
         seed=seed,
     )
     finish("bench", document, json, speed_table(document), seed)

@@ -35,6 +35,13 @@ Program = Annotated[
     str | None, typer.Option(metavar="PATH", help="For llama.cpp and vllm: the server's program (default: on PATH).")
 ]
 
+Kv = Annotated[
+    str | None,
+    typer.Option(
+        "--kv", metavar="int8|int4|fp8|none", help="How keys and values are cached (default: as the model says)."
+    ),
+]
+
 
 def begin(quiet: bool, verbose: bool, trust_remote_code: bool = False) -> None:
     set_verbosity(0 if quiet else 2 if verbose else 1)

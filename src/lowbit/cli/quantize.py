@@ -18,6 +18,10 @@ def quantize(
     method: Annotated[
         str | None, typer.Option(help="rtn, gptq, any4, quip, awq, smoothquant, hadamard, or joined: awq+gptq.")
     ] = None,
+    kv: Annotated[
+        str | None,
+        typer.Option("--kv", metavar="fp8|int8|int4", help="Cache keys and values so, with calibrated scales."),
+    ] = None,
     calibration: Annotated[str | None, typer.Option(metavar="FILE|hub:NAME", help="Text to calibrate on.")] = None,
     samples: Annotated[int | None, typer.Option(help="Calibration windows (default 128).")] = None,
     seq_len: Annotated[int | None, typer.Option(help="Tokens a window (default 512).")] = None,
@@ -55,7 +59,6 @@ def quantize(
     begin(quiet, verbose, trust_remote_code)
     limit = percent(max_unreached, "--max-unreached")
     from lowbit.recipe import read_recipe
-    from lowbit.rounding import WORSE
     from lowbit.tuning.mixed import quantize as run
 
     if resume and force:
@@ -64,6 +67,7 @@ def quantize(
     given = {
         "scheme": scheme,
         "method": method,
+        "kv": kv,
         "calibration": calibration,
         "samples": samples,
         "seq_len": seq_len,
@@ -80,8 +84,22 @@ def quantize(
         finish("quantize", document, json, prediction(document["predicted"]), words.get("seed", 0))
         return
     finish("quantize", document, json, summary(document), words.get("seed", 0))
+    _check_reached(document, limit)
+
+
+def _check_reached(document: dict[str, Any], limit: float | None) -> None:
+    """Raise QualityGateError if calibration missed too much of the model."""
+    from lowbit.rounding import WORSE
+
+    output, alarms = document["output"], (document.get("kv_cache") or {}).get("alarms", [])
+    if alarms and limit is not None and limit < 1:
+        raise QualityGateError(
+            f"{output}: {len(alarms)} scales of the key-value cache are 1.0, because calibration did not reach them; "
+            f"the first: {alarms[0]}. What was made stays. Give more or broader --calibration text, or accept it with "
+            "--max-unreached 100%."
+        )
     starved = [r["name"] for r in document["layers"] if r["fallback"] and WORSE not in r["fallback"]]
-    share = len(starved) / len(document["layers"])
+    share = len(starved) / max(len(document["layers"]), 1)
     if limit is not None and share > limit:
         raise QualityGateError(
             f"{output}: {len(starved)} of {len(document['layers'])} linears ({share:.0%}, the limit is {limit:.0%}) "
@@ -113,6 +131,9 @@ def summary(document: dict[str, Any]) -> str:
         text += (
             f"\nexpected KL {document['allocation']['expected_kl']:.5f}; choices: {document['output']}/allocation.json"
         )
+    cache = document.get("kv_cache")
+    if cache is not None:
+        text += f"\nkey-value cache in {cache['scheme']}" + "".join(f"\nalarm: {a}" for a in cache["alarms"])
     repaired = [r for r in layers if r.get("repair")]
     for r in repaired:
         text += f"\nrepaired: {r['name']}: {r['repair']}, relative error {r['relative_error']:.1%}"

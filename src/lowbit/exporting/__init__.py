@@ -17,8 +17,10 @@ from lowbit.exporting.litert import export_litert
 from lowbit.exporting.onnx import export_onnx
 from lowbit.formats import awq, gguf_grids, gptq, modelopt
 from lowbit.formats import onnx as onnx_format
+from lowbit.formats.kv_cache import PRODUCTS_WORD, scheme_of
 from lowbit.model.checkpoint import Checkpoint, open_checkpoint
 from lowbit.model.load import open_source, skeleton
+from lowbit.runtime.int8_products import WHY_HERE_ONLY
 from lowbit.scheme import Scheme
 
 __all__ = ["FORMATS", "Request", "export"]
@@ -59,6 +61,7 @@ def export(
         raise InputError(
             f"{checkpoint.name}: is a quantized GGUF file already; export the model that it was made from."
         )
+    _check_attention(checkpoint, format)
     _check_scheme(checkpoint, format)
     head = {"model": checkpoint.name, "output": str(target), "format": format}
     if format == "gguf":
@@ -99,6 +102,18 @@ def _check_scheme(checkpoint: Checkpoint, format: str) -> None:
 def _check_words(request: Request, format: str) -> None:
     if request.method is not None or request.override:
         raise InputError(f"--format {format} has no --method and no --override: --type int8 or float says it all.")
+
+
+def _check_attention(checkpoint: Checkpoint, format: str) -> None:
+    """Raise InputError for what a directory says of attention and of the cache: the formats hold weights."""
+    if PRODUCTS_WORD in checkpoint.config:
+        raise InputError(f"{checkpoint.name}: {WHY_HERE_ONLY}. Quantize without -bmm to export.")
+    scheme = scheme_of(checkpoint.config)
+    if scheme is not None:
+        raise InputError(
+            f"{checkpoint.name}: its key-value cache is {scheme}, and {format} holds weights alone. Quantize without "
+            "--kv to export; llama.cpp and others choose their cache when they start (--cache-type-k q8_0)."
+        )
 
 
 def _check_file(path: Path, *, force: bool) -> None:

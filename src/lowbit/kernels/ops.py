@@ -16,7 +16,7 @@ from lowbit.kernels import reference
 from lowbit.kernels.pack import PackedWeight, native
 
 _ACTIVATIONS = {"silu": 0, "gelu": 1}
-_KV = {"fp16": 0, "bf16": 1, "int8": 2, "fp8": 3}
+_KV = {"fp16": 0, "bf16": 1, "int8": 2, "fp8": 3, "int4": 4}
 
 
 def implementation() -> str:
@@ -242,7 +242,7 @@ def _hadamard_cpu(x: Tensor) -> Tensor:
 def attention(
     q: Tensor, k: Tensor, v: Tensor, kv: str, first: int, scale: float, softcap: float, window: int
 ) -> Tensor:
-    """Causal grouped attention through a cache of type `kv` ("fp16", "bf16", "int8", "fp8").
+    """Causal grouped attention through a cache of type `kv` ("fp16", "bf16", "int8", "fp8", "int4").
 
     q (tokens, heads, dim) sits at positions first ..; k and v (first + tokens, kv_heads, dim) are stored in the cache
     first. One token over int8 keys takes the decoder's integer path.
@@ -263,7 +263,7 @@ def _attention_cpu(
 
 def native_attention(
     q: Tensor, k: Tensor, v: Tensor, kv: str, first: int, scale: float, softcap: float = 0.0, window: int = 0,
-    isa: str | None = None, block: int = 32, table: Tensor | None = None,
+    isa: str | None = None, block: int = 32, table: Tensor | None = None, fixed: bool = False,
 ) -> Tensor:  # fmt: skip
     """The C++ `attention`, over a cache of blocks of `block` tokens in the order of `table` (default: shuffled)."""
     (tokens, heads, dim), (total, kv_heads, _) = q.shape, k.shape
@@ -277,7 +277,7 @@ def native_attention(
     out = torch.empty_like(qf)
     common: dict[str, Any] = {
         "heads": heads, "kv_heads": kv_heads, "dim": dim, "kv_type": _KV[kv], "block": block, "cache": cache.data_ptr(),
-        "table": table.data_ptr(), "scale": scale, "softcap": softcap, "window": window, "isa": isa,
+        "table": table.data_ptr(), "scale": scale, "softcap": softcap, "window": window, "isa": isa, "fixed": fixed,
     }  # fmt: skip
     if first:  # the cached part: stored only
         native.attention(q=0, k=kf.data_ptr(), v=vf.data_ptr(), tokens=first, pos0=0, decode=False, out=0, **common)

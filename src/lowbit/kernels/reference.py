@@ -140,6 +140,29 @@ def dequantize_rows(codes: Tensor, scale: Tensor, group: int) -> Tensor:
     return codes.float() * scale.repeat_interleave(group, 1)[:, :n]
 
 
+def quantize_groups(x: Tensor, group: int = 32) -> tuple[Tensor, Tensor, Tensor]:
+    """x (m, n) float -> codes 0 to 15 uint8 (m, n), scale and low float16 (m, ceil(n / group)): an int4 cache.
+
+    value = code * scale + low, with low = min and scale = (max - low) / 15 as halves.
+    """
+    m, n = x.shape
+    rows = torch.nn.functional.pad(x.float(), (0, -n % group), value=float("nan")).view(m, -1, group)
+    top, bottom = rows.nan_to_num(-torch.inf).amax(-1), rows.nan_to_num(torch.inf).amin(-1)
+    low = bottom.clamp(-65504, 65504).half()
+    scale = ((top - low.float()) * torch.tensor(1 / 15, dtype=torch.float32)).clamp(max=65504).half()
+    kept = scale.float()
+    multiplier = torch.where(kept > 0, torch.ones_like(kept) / kept, torch.zeros_like(kept))
+    codes = ((rows - low.float()[..., None]) * multiplier[..., None]).clamp(0, 15).round().nan_to_num(0)
+    return codes.to(torch.uint8).view(m, -1)[:, :n].contiguous(), scale, low
+
+
+def dequantize_groups(codes: Tensor, scale: Tensor, low: Tensor, group: int = 32) -> Tensor:
+    """The inverse of `quantize_groups`, float (m, n)."""
+    n = codes.shape[1]
+    spread = [t.float().repeat_interleave(group, 1)[:, :n] for t in (scale, low)]
+    return codes.float() * spread[0] + spread[1]
+
+
 def weight_of(
     codes: Tensor, scales: Tensor | None, zeros: Tensor | None, table: Tensor | None, kind: int, bits: int, rows: int,
     cols: int, group: int, zero: int,
@@ -217,8 +240,13 @@ def hadamard(x: Tensor) -> Tensor:
     return out
 
 
-def round_kv(x: Tensor, kv: str) -> Tensor:
-    """x (tokens, heads, dim) as the cache gives it back."""
+def round_kv(x: Tensor, kv: str, *, fixed: bool = False) -> Tensor:
+    """x (tokens, heads, dim) as the cache gives it back. `fixed`: integers at scale 1."""
+    if fixed and kv in ("int8", "int4"):
+        limit = 128 if kv == "int8" else 8
+        return x.float().round().clamp(-limit, limit - 1)
+    if kv == "int4":
+        return dequantize_groups(*quantize_groups(x.reshape(-1, x.shape[-1]))).view(x.shape)
     if kv == "int8":
         shape = x.shape
         codes, scale = quantize_rows(x.reshape(-1, shape[-1]), 0)
@@ -229,12 +257,13 @@ def round_kv(x: Tensor, kv: str) -> Tensor:
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, kv: str, first: int, scale: float, softcap: float = 0.0, window: int = 0
-) -> Tensor:
+    q: Tensor, k: Tensor, v: Tensor, kv: str, first: int, scale: float, softcap: float = 0.0, window: int = 0,
+    *, fixed: bool = False,
+) -> Tensor:  # fmt: skip
     """Causal grouped attention of q (tokens, heads, dim), at positions first.., over k and v (all, kv_heads, dim)."""
     tokens, heads, _ = q.shape
     total, kv_heads, _ = k.shape
-    k, v = (round_kv(t, kv).repeat_interleave(heads // kv_heads, 1).double() for t in (k, v))
+    k, v = (round_kv(t, kv, fixed=fixed).repeat_interleave(heads // kv_heads, 1).double() for t in (k, v))
     scores = torch.einsum("qhd,khd->hqk", q.double(), k) * scale
     if softcap:
         scores = torch.tanh(scores / softcap) * softcap

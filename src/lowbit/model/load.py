@@ -15,13 +15,15 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoT
 from transformers.utils import logging as hf_logging
 
 from lowbit.errors import InputError
+from lowbit.formats import kv_cache
 from lowbit.formats.compressed_tensors import unpack_input
 from lowbit.formats.gguf_tokenizer import read_tokenizer
+from lowbit.formats.kv_cache import KvCache
 from lowbit.formats.readers import find_reader
 from lowbit.model.checkpoint import FLOAT_TYPES, Checkpoint
 from lowbit.model.linearize import linearize
 from lowbit.model.names import stored_names, under_model_names
-from lowbit.model.walk import Blocks
+from lowbit.model.walk import Blocks, attentions
 from lowbit.scheme import Scheme
 from lowbit.tensor import InputGrid, QuantizedTensor
 
@@ -172,6 +174,16 @@ class Source:
     def input_grid(self, name: str) -> InputGrid | None:
         """How the input of linear `name` is rounded, or None if it is not."""
         return unpack_input(name, self.checkpoint.get, self.schemes[name]) if name in self.schemes else None
+
+
+def stored_kv_cache(model: PreTrainedModel, source: Source) -> KvCache | None:
+    """How the directory wants keys and values cached, with its scales; None: in 16 bits. Raises InputError."""
+    scheme = kv_cache.scheme_of(source.checkpoint.config)
+    if scheme is None:
+        return None
+    config, checkpoint = model.config.get_text_config(), source.checkpoint
+    names, heads = attentions(model), int(config.num_attention_heads)
+    return kv_cache.unpack(scheme, names, heads, checkpoint.get, str(checkpoint.path))
 
 
 def open_source(model: PreTrainedModel, checkpoint: Checkpoint) -> Source:

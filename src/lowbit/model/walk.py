@@ -52,6 +52,17 @@ def linears(module: nn.Module) -> dict[str, nn.Linear]:
     return {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
 
 
+def attentions(model: nn.Module) -> list[str]:
+    """The modules that keep keys and values, in the layers' order: they know their `layer_idx` and project."""
+    found = [
+        (int(m.layer_idx), name)
+        for name, m in model.named_modules()
+        if isinstance(getattr(m, "layer_idx", None), int)
+        and sum(isinstance(child, nn.Linear) for child in m.children()) > 1
+    ]
+    return [name for _, name in sorted(found)]
+
+
 def routers(model: nn.Module) -> frozenset[str]:
     """The linears that choose experts, or weigh a shared one: beside a list of experts, with one output for each of
     them or a single one. Tiny, and a wrong choice costs more than any rounding."""

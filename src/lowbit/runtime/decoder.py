@@ -20,7 +20,7 @@ from lowbit.kernels import pack
 from lowbit.kernels.pack import PackedWeight
 
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3")
-KV_TYPES: Mapping[str, int] = {"fp16": 0, "bf16": 1, "int8": 2, "fp8": 3}
+KV_TYPES: Mapping[str, int] = {"fp16": 0, "bf16": 1, "int8": 2, "fp8": 3, "int4": 4}
 _ACTIVATIONS = {"silu": 0, "swish": 0, "gelu_pytorch_tanh": 1, "gelu_new": 1, "gelu_fast": 1}
 
 
@@ -76,7 +76,9 @@ class Decoder:
         config: a Hugging Face config of one of `FAMILIES`.
         weight: module path ("model.layers.0.self_attn.q_proj") -> packed weight, bias included.
         tensor: tensor name ("model.norm.weight") -> tensor.
-        kv: cache type, one of `KV_TYPES`. kv_tokens: cache size. act_group: columns per int8 activation scale
+        kv: cache type, one of `KV_TYPES`. kv_tokens: cache size. kv_scales: of each layer what keys and values are
+            divided by, [1], (kv_heads,) or (kv_heads, dim) each; without them integers find scales for every token, and
+            fp8 holds values as they are. act_group: columns per int8 activation scale
             (0: per token, -1: float activations). embedding_scale: float32 (vocabulary,) where the embedding comes as
             bytes (code + 128).
     """
@@ -89,6 +91,7 @@ class Decoder:
         *,
         kv: str = "fp16",
         kv_tokens: int = 4096,
+        kv_scales: Sequence[tuple[Tensor, Tensor]] = (),
         kv_block: int = 32,
         max_tokens: int = 512,
         max_position: int | None = None,
@@ -119,7 +122,7 @@ class Decoder:
         c.attn_scale = (getattr(config, "query_pre_attn_scalar", None) or dim) ** -0.5
         c.attn_softcap = getattr(config, "attn_logit_softcapping", None) or 0.0
         c.logit_softcap = getattr(config, "final_logit_softcapping", None) or 0.0
-        c.kv_type, c.kv_block, c.kv_blocks = KV_TYPES[kv], kv_block, self.kv_blocks
+        c.kv_type, c.kv_block, c.kv_blocks, c.kv_fixed = KV_TYPES[kv], kv_block, self.kv_blocks, bool(kv_scales)
 
         def norm(name: str) -> int:
             return self._hold(tensor(name).float() + family.norm_offset)
@@ -165,6 +168,9 @@ class Decoder:
             cache = torch.empty(self.kv_bytes, dtype=torch.uint8)
             native.advise_huge(cache.data_ptr(), cache.numel())
             layer.kv = self._hold(cache)
+            if kv_scales:
+                spread = [s.float().view(-1, 1) if s.dim() < 2 else s.float() for s in kv_scales[i]]
+                layer.k_scale, layer.v_scale = (self._hold(s.expand(kv_heads, dim)) for s in spread)
             layers.append(layer)
         c.layers = layers
         self._core = native.Decoder(c, isa)

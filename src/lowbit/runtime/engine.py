@@ -17,10 +17,13 @@ from typing import Literal
 import torch
 
 from lowbit.errors import InputError
+from lowbit.formats.kv_cache import PRODUCTS_WORD, KvCache
+from lowbit.kv_scheme import KvScheme
 from lowbit.model.checkpoint import Checkpoint, open_checkpoint
-from lowbit.model.load import compute_dtype, open_source, skeleton
+from lowbit.model.load import compute_dtype, open_source, skeleton, stored_kv_cache
 from lowbit.runtime.base import Engine
 from lowbit.runtime.general import GeneralEngine
+from lowbit.runtime.int8_products import use_int8_products
 from lowbit.runtime.native import NativeEngine, why_not
 from lowbit.runtime.outside import OUTSIDE
 from lowbit.runtime.server import Serving
@@ -29,10 +32,18 @@ Runtime = Literal["auto", "transformers", "bfloat16", "float32", "llama.cpp", "v
 
 
 @torch.no_grad()
-def load(model: str | Path | Checkpoint, runtime: Runtime = "auto", serving: Serving | None = None) -> Engine:
+def load(
+    model: str | Path | Checkpoint,
+    runtime: Runtime = "auto",
+    serving: Serving | None = None,
+    *,
+    kv: str | None = None,
+) -> Engine:
     """Load a model directory, GGUF file, hub id, lowbit output or 'demo'; `serving` is for engines that are servers.
 
-    Raises InputError for everything wrong with it, and for an engine that is not installed.
+    `kv` is how keys and values are cached: as the directory says (None), in 16 bits ("none"), or a word of
+    kv_scheme.py; "int8" and "int4" need nothing stored. Raises InputError for everything wrong with the model, and for
+    an engine that is not installed.
     """
     checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
     if runtime in OUTSIDE:
@@ -45,8 +56,33 @@ def load(model: str | Path | Checkpoint, runtime: Runtime = "auto", serving: Ser
             "transformers runs them."
         )
     source = open_source(net, checkpoint)
-    if runtime == "auto" and why_not(net.config, source.schemes, rotated=source.rotated) is None:
-        return NativeEngine(net.config, source)
+    cache = choose_kv_cache(None if kv == "none" else stored_kv_cache(net, source), kv, str(checkpoint.path))
+    products = PRODUCTS_WORD in checkpoint.config
+    if products:
+        use_int8_products(net)
+    if runtime == "auto" and not products and why_not(net.config, source.schemes, rotated=source.rotated) is None:
+        return NativeEngine(net.config, source, cache)
     kernels = runtime in ("auto", "transformers")
     dtype = compute_dtype() if kernels else getattr(torch, runtime)
-    return GeneralEngine(net, source, dtype, kernels=kernels)
+    engine = GeneralEngine(net, source, dtype, kernels=kernels, kv=cache)
+    engine.runtime += ", int8 attention products" if products else ""
+    return engine
+
+
+def choose_kv_cache(stored: KvCache | None, asked: str | None, path: str) -> KvCache | None:
+    """The cache that was asked for, with the directory's scales where they fit, or found at run time. Raises
+    InputError for one that needs scales which are not there."""
+    if asked is None or asked == "none":
+        return stored
+    scheme = KvScheme.parse(asked)
+    plain = scheme.static and asked == scheme.family  # "int8" is whatever int8 scales are stored
+    if stored is not None and (stored.scheme == scheme or (plain and stored.scheme.family == asked)):
+        return stored
+    if asked == "int8":
+        scheme = KvScheme.parse("int8-token")
+    if scheme.static:
+        raise InputError(
+            f"--kv {asked} needs scales found by calibration, and {path} has none of that kind: quantize with "
+            f"--kv {asked}, or use int8 or int4, whose scales are found at run time."
+        )
+    return KvCache(scheme)

@@ -5,11 +5,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+from transformers import Cache, DynamicCache
 
+from lowbit.formats.kv_cache import KvCache
 from lowbit.model.load import Source, materialize
 from lowbit.model.walk import linears
 from lowbit.runtime.base import Engine
+from lowbit.runtime.kv_cache import make_cache
 from lowbit.runtime.linear import QuantizedLinear
 from lowbit.runtime.rotated import RotatedLinear, carries
 
@@ -18,11 +20,15 @@ _LowBit = QuantizedLinear | RotatedLinear
 
 class GeneralEngine(Engine):
     """`net` is the architecture without weights. With `kernels`, quantized linears compute from their stored bits;
-    without, they are dequantized to `dtype` and only the activations are rounded as the scheme says."""
+    without, they are dequantized to `dtype` and only the activations are rounded as the scheme says. With `kv`, keys
+    and values go through a quantized cache, also where logits of a whole text are asked for."""
 
-    def __init__(self, net: Any, source: Source, dtype: torch.dtype, *, kernels: bool) -> None:
+    def __init__(
+        self, net: Any, source: Source, dtype: torch.dtype, *, kernels: bool, kv: KvCache | None = None
+    ) -> None:
         super().__init__()
-        self._cache: DynamicCache | None = None
+        self._cache: Cache | None = None
+        self._kv = kv
         self.checkpoint, self.net, self.dtype = source.checkpoint, net, dtype
         self.config = net.config.get_text_config()
         for name, module in linears(net).items():
@@ -47,20 +53,27 @@ class GeneralEngine(Engine):
             if isinstance(module, _LowBit):
                 self.kernels[module.kernel] = self.kernels.get(module.kernel, 0) + 1
         self.runtime = ", ".join(["transformers", str(dtype).removeprefix("torch."), *_kernel_names(self.kernels)])
+        if kv is not None:
+            self._new_cache()  # refuse now
+            self.runtime += f", {kv.words}"
         embedding, head = net.get_input_embeddings().weight, net.get_output_embeddings()
         tied = head is not None and getattr(head, "weight", None) is embedding
         self.weight_bytes = sum(_module_bytes(m) for m in net.modules()) - (embedding.nbytes if tied else 0)
         row = embedding.nbytes // len(embedding)
         self.weight_bytes_per_token = self.weight_bytes - (0 if tied else embedding.nbytes) + row
 
+    def _new_cache(self) -> Cache:
+        return DynamicCache(config=self.net.config) if self._kv is None else make_cache(self.net.config, self._kv)
+
     @torch.inference_mode()
     def logits(self, tokens: Tensor) -> Tensor:
-        logits: Tensor = self.net(input_ids=tokens, use_cache=False).logits
+        cache = {} if self._kv is None else {"past_key_values": self._new_cache()}
+        logits: Tensor = self.net(input_ids=tokens, use_cache=bool(cache), **cache).logits
         return logits.float()
 
     @torch.inference_mode()
     def _stream(self, prompts: Tensor, max_new_tokens: int) -> Iterator[Tensor]:
-        cache = DynamicCache(config=self.net.config)
+        cache = self._new_cache()
         step = prompts
         for _ in range(max_new_tokens):
             out = self.net(input_ids=step, past_key_values=cache, use_cache=True, logits_to_keep=1)
@@ -79,12 +92,12 @@ class GeneralEngine(Engine):
         self._cache = cache
         return out if logits else None, out.argmax(-1).tolist()
 
-    def _rewound(self, length: int) -> DynamicCache:
+    def _rewound(self, length: int) -> Cache:
         """The cache cut to its first `length` tokens, or a new one where it cannot be cut (sliding windows)."""
         cache = self._cache
         surplus = 0 if cache is None else cache.get_seq_length() - length
         if cache is None or length == 0 or surplus < 0 or (surplus and any(cache.is_sliding)):
-            return DynamicCache(config=self.net.config)
+            return self._new_cache()
         if surplus:
             cache.crop(-surplus)
         return cache
@@ -93,7 +106,8 @@ class GeneralEngine(Engine):
         c = self.config
         heads = getattr(c, "num_key_value_heads", None) or c.num_attention_heads
         width = getattr(c, "head_dim", None) or c.hidden_size // c.num_attention_heads
-        return int(2 * c.num_hidden_layers * heads * width * context * self.dtype.itemsize)
+        bits = 8 * self.dtype.itemsize if self._kv is None else self._kv.scheme.bits_per_value(width)
+        return int(2 * c.num_hidden_layers * heads * width * context * bits / 8)
 
 
 def _kernel_names(kernels: Iterable[str]) -> list[str]:

@@ -2,7 +2,9 @@
 
 Activations of an a16 scheme are rounded to int8 in groups of 32 columns on their way into an integer product, and an
 unquantized head of a quantized model to int8 weights, one scale a row: both are part of what `evaluate` measures. A
-w8a8 scheme uses one scale per token, as it says. The embedding stays in its file; pages come when rows are read.
+w8a8 scheme uses one scale per token, as it says. The embedding stays in its file; pages come when rows are read. Keys
+and values are cached as halves, or as the model or its user asks; an int8 cache rounds the query of a single token to
+15 bits, so there a token's logits depend (in the last digits) on whether it came alone.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from lowbit.algorithms.rtn import rtn
 from lowbit.errors import InputError
+from lowbit.formats.kv_cache import KvCache
 from lowbit.kernels import pack
 from lowbit.kernels.pack import PackedWeight
 from lowbit.model.load import Source
@@ -56,14 +59,13 @@ def why_not(config: Any, schemes: Mapping[str, Scheme], *, rotated: bool = False
 class NativeEngine(Engine):
     """Raises ValueError where `why_not` gives a reason."""
 
-    batch_invariant = True
-
-    def __init__(self, config: Any, source: Source) -> None:
+    def __init__(self, config: Any, source: Source, kv: KvCache | None = None) -> None:
         reason = why_not(config, source.schemes, rotated=source.rotated)
         if reason is not None:
             raise ValueError(reason)
         super().__init__()
-        self.checkpoint, self.config, self._source = source.checkpoint, config, source
+        self.checkpoint, self.config, self._source, self._kv = source.checkpoint, config, source, kv
+        self.batch_invariant = kv is None or kv.scheme.family != "int8"
         whole_token = any(s.activation is not None for s in source.schemes.values())
         self._act_group = 0 if whole_token else 32
         self._packed: dict[str, PackedWeight] = {}
@@ -72,7 +74,8 @@ class NativeEngine(Engine):
         self._decoder = self._resize(min(_CACHE_TOKENS, self.context_length))
         activations = "int8 activations" if self._quantized else "bfloat16"
         head = ", int8 head" if self._rounds_head else ""
-        self.runtime = f"lowbit, {pack.native.isa()}, {activations}{head}"
+        cache = "" if kv is None else f", {kv.words}"
+        self.runtime = f"lowbit, {pack.native.isa()}, {activations}{head}{cache}"
         self.kernels = {f"native {kind}": n for kind, n in self._quantized.items()}
         embedding = self._tensors[f"{_EMBEDDING}.weight"]
         rest = sum(t.nbytes for name, t in self._tensors.items() if name != f"{_EMBEDDING}.weight")
@@ -96,6 +99,8 @@ class NativeEngine(Engine):
             return Decoder(
                 self.config, self._weight, self._tensor, embedding_scale=scale, kv_tokens=cache_tokens,
                 max_tokens=_CHUNK, max_position=min(cache_tokens, self.context_length), act_group=self._act_group,
+                kv="fp16" if self._kv is None else self._kv.scheme.family,
+                kv_scales=() if self._kv is None else self._kv.scales,
             )  # fmt: skip
         except (RuntimeError, MemoryError) as error:
             if "memory" not in str(error) and not isinstance(error, MemoryError):

@@ -47,11 +47,11 @@ class Scenario:
 class Worker:
     """A model in a process of its own (speed/worker.py)."""
 
-    def __init__(self, model: str, runtime: str, serving: Serving | None = None) -> None:
+    def __init__(self, model: str, runtime: str, serving: Serving | None = None, kv: str | None = None) -> None:
         self.model = model
         command = [sys.executable, "-m", "lowbit.speed.worker"]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-        self.facts = self.ask({"load": model, "runtime": runtime, "serving": asdict(serving or Serving())})
+        self.facts = self.ask({"load": model, "runtime": runtime, "serving": asdict(serving or Serving()), "kv": kv})
 
     def ask(self, request: dict[str, Any]) -> dict[str, Any]:
         assert self._process.stdin is not None
@@ -98,6 +98,7 @@ def bench(
     load: Load | None = None,
     runtime: str = "auto",
     program: str | None = None,
+    kv: str | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
     """The `bench` document of `models`, and the ratios to `against` (above 1: better than it).
@@ -109,6 +110,8 @@ def bench(
     With a `runtime` of another project (llama.cpp, vllm) its server is started for every model, from `program` or from
     PATH, and measured by its client. A model may be the URL of an OpenAI-compatible server: then `load` says how it is
     asked (speed/load.py), by default as many clients at once as the batch size.
+
+    `kv` is how the models cache keys and values (runtime.engine.load); the one they are compared with keeps its own.
     """
     scenarios = [Scenario(p, o, b) for p in prompt_lengths for o in output_lengths for b in batch_sizes]
     for name, values, least in (
@@ -132,7 +135,7 @@ def bench(
         max(s.prompt_length + s.output_length for s in needed), max(s.batch_size for s in needed), program
     )
     with ExitStack() as stack:
-        workers = [stack.enter_context(Worker(name, runtime, serving)) for name in names]
+        workers = [stack.enter_context(Worker(n, runtime, serving, None if n == str(against) else kv)) for n in names]
         runs = _alternate(workers, scenarios, repeats, seed, precision)
         rough = _alternate(workers, list(grid), grid_repeats, seed)
     results = [

@@ -1,6 +1,6 @@
 """One model in a process of its own, measured on request: `python -m lowbit.speed.worker` talks JSON lines.
 
-Standard input:   {"load": MODEL, "runtime": R, "serving": {...}}   then any number of   {"prompt_length": P,
+Standard input:   {"load": MODEL, "runtime": R, "serving": {...}, "kv": K}   then any number of   {"prompt_length": P,
 "output_length": O, "batch_size": B, "seed": S}.   Standard output: one JSON object for each, or {"error": ...,
 "exit_code": ...}.
 A fresh process makes peak memory mean something, and lets two models be measured alternately without sharing caches.
@@ -44,7 +44,7 @@ def main() -> None:
         nonlocal engine
         if "load" in request:
             start = time.perf_counter()
-            engine = load(request["load"], request["runtime"], Serving(**request["serving"]))
+            engine = load(request["load"], request["runtime"], Serving(**request["serving"]), kv=request.get("kv"))
             return {
                 "load_s": time.perf_counter() - start,
                 "runtime": engine.runtime,

@@ -34,15 +34,61 @@ LB_INLINE uint8_t* tile_at(const Kv& kv, const int32_t* table, int head, int pos
   return kv.base + (size_t)table[pos / kv.block] * kv.block_bytes +
          ((size_t)head * tiles + (pos % kv.block) / kTile) * kv.tile_bytes;
 }
-LB_INLINE size_t half_tile(const Kv& kv) { return (size_t)kTile * kv.dim * (kv.type <= KvType::kBf16 ? 2 : 1); }
+LB_INLINE size_t half_tile(const Kv& kv) {
+  const size_t values = (size_t)kTile * kv.dim;
+  return kv.type == KvType::kInt4 ? values / 2 : values * (kv.type <= KvType::kBf16 ? 2 : 1);
+}
+// The 16 scales of an int4 group, its 16 lows behind them. part: 0 keys, 1 values.
+LB_INLINE const uint16_t* int4_side(const Kv& kv, const uint8_t* tile, int part, int group) {
+  const int groups = (kv.dim + kKvGroup - 1) / kKvGroup;
+  return (const uint16_t*)(tile + 2 * half_tile(kv)) + (size_t)(part * groups + group) * 2 * kTile;
+}
+
 
 LB_INLINE uint16_t half_of(float x) { return to_half(splat(x))[0]; }
+
+// One token's group of n dims (a multiple of 16) -> codes 0 .. 15, a byte each.
+LB_INLINE void int4_group(const float* x, int n, bool fixed, uint8_t* codes, uint16_t* scale, uint16_t* low) {
+  F16 top = load<F16>(x), bottom = top;
+  for (int i = 16; i < n; i += 16) top = vmax(top, load<F16>(x + i)), bottom = vmin(bottom, load<F16>(x + i));
+  const float least = fixed ? -8.f : -reduce_max(vmin(splat(0.f) - bottom, splat(65504.f)));
+  *low = half_of(least > 65504.f ? 65504.f : least);
+  const float from = half_to_float(H16{} + *low)[0];
+  const float step = fixed ? 1.f : (reduce_max(top) - from) * (1.f / 15.f);
+  *scale = half_of(step > 65504.f ? 65504.f : step);
+  const float kept = half_to_float(H16{} + *scale)[0], mul = kept > 0.f ? 1.f / kept : 0.f;
+  for (int i = 0; i < n; i += 16) {
+    I16 c = to_int(vmin(vmax((load<F16>(x + i) - from) * mul, splat(0.f)), splat(15.f)));
+    store_s8(codes + i, c);
+  }
+}
+
+LB_INLINE void store_int4(const Kv& kv, const float* x, uint8_t* tile, int part, int t) {
+  const int d = kv.dim;
+  uint8_t* half = tile + (part ? half_tile(kv) : 0);
+  for (int at = 0; at < d; at += kKvGroup) {
+    const int n = d - at < kKvGroup ? d - at : kKvGroup;
+    uint8_t c[kKvGroup];
+    uint16_t* side = (uint16_t*)int4_side(kv, tile, part, at / kKvGroup);
+    int4_group(x + at, n, kv.fixed, c, side + t, side + kTile + t);
+    for (int i = 0; i < n; ++i) {
+      const int dim = at + i;
+      if (!part && dim % 8 < 4) half[(size_t)(dim / 8) * 64 + t * 4 + dim % 4] = (uint8_t)(c[i] | c[i + 4] << 4);
+      if (part && dim % 16 < 8) half[(size_t)t * d / 2 + dim / 16 * 8 + dim % 8] = (uint8_t)(c[i] | c[i + 8] << 4);
+    }
+  }
+}
 
 // Write one token's key and value of one head.
 void kv_store(const Kv& kv, const float* k, const float* v, int head, int block, int slot) {
   const int tiles = kv.block / kTile, d = kv.dim, t = slot % kTile;
   uint8_t* tile = kv.base + (size_t)block * kv.block_bytes + ((size_t)head * tiles + slot / kTile) * kv.tile_bytes;
   uint8_t* vt = tile + half_tile(kv);
+  if (kv.type == KvType::kInt4) {
+    store_int4(kv, k, tile, 0, t);
+    store_int4(kv, v, tile, 1, t);
+    return;
+  }
   if (kv.type == KvType::kInt8) {
     float* scales = (float*)(tile + 2 * half_tile(kv));
     for (int part = 0; part < 2; ++part) {
@@ -50,11 +96,11 @@ void kv_store(const Kv& kv, const float* k, const float* v, int head, int block,
       F16 top = {};
       for (int i = 0; i < d; i += 16) top = vmax(top, vabs(load_to(x, i, d)));
       float scale, mul = reciprocal_scale(reduce_max(top), &scale);
+      if (kv.fixed) scale = mul = 1.f;
+      const float least = kv.fixed ? -128.f : -127.f;
       scales[part * kTile + t] = scale;
       for (int i = 0; i < d; i += 16) {
-        I16 c = to_int(load_to(x, i, d) * mul);
-        c = c > 127 ? splat_i(127) : c;
-        c = c < -127 ? splat_i(-127) : c;
+        I16 c = to_int(vmin(vmax(load_to(x, i, d) * mul, splat(least)), splat(127.f)));
         const int n = d - i < 16 ? d - i : 16;
         for (int j = 0; j < n; ++j) {
           if (part) ((int8_t*)vt)[(size_t)t * d + i + j] = (int8_t)c[j];
@@ -87,7 +133,7 @@ LB_INLINE F16 widen(const uint8_t* p, size_t i) {
   return to_float(widen_s8(p + i));
 }
 
-// K of one tile -> kf[dim][16]; int8 is dequantized.
+// K of one tile -> kf[dim][16]; integers are dequantized.
 template <KvType T>
 LB_INLINE void widen_k(const Kv& kv, const uint8_t* tile, float* kf) {
   if (T == KvType::kInt8) {
@@ -101,7 +147,38 @@ LB_INLINE void widen_k(const Kv& kv, const uint8_t* tile, float* kf) {
     }
     return;
   }
+  if (T == KvType::kInt4) {
+    for (int i = 0; i < kv.dim; i += 8) {
+      const uint16_t* side = int4_side(kv, tile, 0, i / kKvGroup);
+      const F16 s = load_half(side), low = load_half(side + kTile);
+      U16 u = load<U16>(tile + (size_t)i * 8);
+      for (int j = 0; j < 4; ++j) {
+        store(kf + (size_t)(i + j) * 16, fma(to_float(bits<I16>((u >> (8 * j)) & 15u)), s, low));
+        store(kf + (size_t)(i + j + 4) * 16, fma(to_float(bits<I16>((u >> (8 * j + 4)) & 15u)), s, low));
+      }
+    }
+    return;
+  }
   for (int i = 0; i < kv.dim; ++i) store(kf + (size_t)i * 16, widen<T>(tile, (size_t)i * 16));
+}
+
+// V of the first `tokens` of one int4 tile -> vf[tokens][dim].
+LB_INLINE void widen_v_int4(const Kv& kv, const uint8_t* tile, int tokens, float* vf) {
+  const U16 shift = {0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4, 4, 4};
+  for (int i = 0; i < kv.dim; i += 16) {
+    const uint16_t* side = int4_side(kv, tile, 1, i / kKvGroup);
+    float s[kTile], low[kTile];
+    store(s, load_half(side));
+    store(low, load_half(side + kTile));
+    const uint8_t* codes = tile + half_tile(kv) + i / 2;
+    for (int t = 0; t < tokens; ++t) {
+      uint8_t twice[16];
+      std::memcpy(twice, codes + (size_t)t * kv.dim / 2, 8);
+      std::memcpy(twice + 8, twice, 8);
+      U16 u = ((U16)widen_u8(twice) >> shift) & 15u;
+      store(vf + (size_t)t * kv.dim + i, fma(to_float(bits<I16>(u)), splat(s[t]), splat(low[t])));
+    }
+  }
 }
 
 // Where the products read keys and values from: a widened buffer, or (few rows) the cache itself, widened in registers.
@@ -274,7 +351,7 @@ void attention_rows(const Kv& kv, const AttnJob& job, int token0, int tokens, co
   const int dim = kv.dim, group = job.group, rows = tokens * group;
   Rows st;
   DigitQuery dq[kRowBlock];
-  const bool digits = job.decode && T == KvType::kInt8, few = rows <= 8;
+  const bool digits = job.decode && T == KvType::kInt8, few = rows <= 8 && T != KvType::kInt4;
   for (int t = 0; t < tokens; ++t)
     for (int g = 0; g < group; ++g) {
       const int r = t * group + g, pos = job.pos0 + token0 + t;
@@ -315,6 +392,9 @@ void attention_rows(const Kv& kv, const AttnJob& job, int token0, int tokens, co
       const Cached<T> cached{tile[i], tile[i] + half_tile(kv), (const float*)(tile[i] + 2 * half_tile(kv)) + kTile, dim};
       if (few) {
         values_of(rows, b.s + i * 16, cached, valid, b.out);
+      } else if (T == KvType::kInt4) {
+        widen_v_int4(kv, tile[i], valid, b.v);
+        values_of(rows, b.s + i * 16, wide, valid, b.out);
       } else {
         for (int t = 0; t < valid; ++t)
           for (int d = 0; d < dim; d += 16) store(b.v + (size_t)t * dim + d, Cached<T>::value(cached, t, d));
@@ -342,6 +422,7 @@ void attention(const Kv& kv, const AttnJob& job, uint8_t* scratch) {
   const auto rows = kv.type == KvType::kF16    ? attention_rows<KvType::kF16>
                     : kv.type == KvType::kBf16 ? attention_rows<KvType::kBf16>
                     : kv.type == KvType::kInt8 ? attention_rows<KvType::kInt8>
+                    : kv.type == KvType::kInt4 ? attention_rows<KvType::kInt4>
                                                : attention_rows<KvType::kFp8>;
   const int step = kRowBlock / job.group > 0 ? kRowBlock / job.group : 1;
   for (int t = 0; t < job.n_tokens; t += step)

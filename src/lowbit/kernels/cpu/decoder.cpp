@@ -12,6 +12,7 @@ static int up32(int n) { return (n + kBlock - 1) / kBlock * kBlock; }
 static const float* f32(uintptr_t p) { return reinterpret_cast<const float*>(p); }
 
 size_t kv_tile_bytes(KvType type, int dim) {
+  if (type == KvType::kInt4) return 16 * (size_t)dim + 2 * ((dim + kKvGroup - 1) / kKvGroup) * 2 * 16 * sizeof(uint16_t);
   const size_t one = type <= KvType::kBf16 ? 2 : 1;
   return 2 * 16 * (size_t)dim * one + (type == KvType::kInt8 ? 2 * 16 * sizeof(float) : 0);
 }
@@ -167,7 +168,8 @@ void Decoder::layer(int thread, const Layer& l, const Call& c) {
   const int group = g.heads / g.kv_heads;
   Kv kv;
   kv.type = (KvType)g.kv_type, kv.heads = g.kv_heads, kv.dim = dim, kv.block = g.kv_block;
-  kv.base = reinterpret_cast<uint8_t*>(l.kv);
+  kv.base = reinterpret_cast<uint8_t*>(l.kv), kv.fixed = g.kv_fixed;
+  const float *k_scale = f32(l.k_scale), *v_scale = f32(l.v_scale);
   kv.tile_bytes = kv_tile_bytes(kv.type, dim);
   kv.block_bytes = kv.tile_bytes * g.kv_heads * (g.kv_block / 16);
 
@@ -186,9 +188,13 @@ void Decoder::layer(int thread, const Layer& l, const Call& c) {
       const float* norm = f32(j < 0 ? l.k_norm : l.q_norm);
       if (norm) k_->norm_quant(p, norm, g.eps, dim, dim, 32, 32, nullptr, nullptr, nullptr, nullptr, p);
       k_->rope(p, dim, g.rotary, cos, sin);
+      // (q s) . (k / s) is the same score, and k / s fits the cache's grid better.
+      for (int i = 0; k_scale && i < dim; ++i) p[i] = j < 0 ? p[i] / k_scale[head * dim + i] : p[i] * k_scale[head * dim + i];
     }
+    float* v = base + qd + kd + head * dim;
+    for (int i = 0; v_scale && i < dim; ++i) v[i] /= v_scale[head * dim + i];
     const int block = c.tables[(size_t)s * c.table_stride + pos / g.kv_block];
-    k_->kv_store(kv, k, base + qd + kd + head * dim, head, block, pos % g.kv_block);
+    k_->kv_store(kv, k, v, head, block, pos % g.kv_block);
   });
 
   each(thread, (int)items_.size(), 1, [&](int i) {
@@ -204,6 +210,10 @@ void Decoder::layer(int thread, const Layer& l, const Call& c) {
     job.window = l.window, job.scale = g.attn_scale, job.softcap = g.attn_softcap, job.decode = s.decode != 0;
     job.table = c.tables + (size_t)it.seq * c.table_stride;
     k_->attention(kv, job, scratch_[thread]);
+    for (int r = 0; v_scale && r < it.tokens * group; ++r) {
+      float* out = job.out + (size_t)(r / group) * qd + (size_t)(r % group) * dim;
+      for (int i = 0; i < dim; ++i) out[i] *= v_scale[it.head * dim + i];
+    }
   });
 
   // A branch is added to the residual stream by the product itself, unless a norm stands between.

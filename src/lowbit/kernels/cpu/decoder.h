@@ -26,6 +26,7 @@ struct Layer {
   uintptr_t rope_cos = 0, rope_sin = 0;             // float, max_position x rotary / 2
   int window = 0;                                   // 0: sees everything before
   uintptr_t kv = 0;                                 // this layer's cache
+  uintptr_t k_scale = 0, v_scale = 0;               // float, kv_heads x head_dim: what keys and values are divided by
   bool hadamard_down = false;                       // rotate the input of down_proj
 };
 
@@ -41,6 +42,7 @@ struct Config {
   uintptr_t final_norm = 0;
   Weight head;
   int kv_type = 0, kv_block = 32, kv_blocks = 0;
+  bool kv_fixed = false;          // integers of the cache have no scales of their own: k_scale, v_scale are all
   std::vector<Layer> layers;
 };
 

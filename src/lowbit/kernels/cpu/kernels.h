@@ -28,11 +28,12 @@ namespace lowbit {
 constexpr int kPanel = 16;   // rows per panel
 constexpr int kBlock = 32;   // columns per block
 constexpr int kFewRows = 8;  // up to here a product is a matrix-vector one, which reads activations row by row
+constexpr int kKvGroup = 32;  // dims of a head that share a scale in an int4 cache
 constexpr int kMaxFold = 512;  // longest run of columns in int32; also the depth of the GEMM's unpacked slab
 
 enum class Kind : int32_t { kInt = 0, kTable = 1, kBf16 = 2, kLattice = 3 };
 enum class ScaleType : int32_t { kF32 = 0, kBf16 = 1, kF16 = 2 };
-enum class KvType : int32_t { kF16 = 0, kBf16 = 1, kInt8 = 2, kFp8 = 3 };
+enum class KvType : int32_t { kF16 = 0, kBf16 = 1, kInt8 = 2, kFp8 = 3, kInt4 = 4 };
 
 struct Weight {
   Kind kind = Kind::kInt;
@@ -71,8 +72,13 @@ struct Act {
 // block / 16 tiles; a tile is K (head_dim x 16 tokens), V (16 tokens x head_dim), then for int8 16 K and 16 V scales
 // as float. K is stored with tokens in the lanes, so scores need no horizontal sums; int8 K in quads of 4 dims, ready
 // for the byte dot product, offset by 128.
+//
+// Int4: value = code * scale + low, one of each (as halves) for kKvGroup dims of a token. A byte of K holds the dims i
+// and i + 4 of eight, a byte of V the dims i and i + 8 of sixteen; then for K and then for V, group by group, 16 scales
+// and 16 lows. `fixed`: the caller has divided by stored scales, integers are rounded as they come (scale 1).
 struct Kv {
   KvType type = KvType::kF16;
+  bool fixed = false;
   int32_t heads = 0, dim = 0, block = 32;
   uint8_t* base = nullptr;
   size_t tile_bytes = 0, block_bytes = 0;

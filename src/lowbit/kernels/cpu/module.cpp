@@ -134,14 +134,14 @@ static void bind_decoder(nb::module_& m) {
     using T = Layer;
     nb::class_<T>(m, "Layer").def(nb::init<>()) FIELD(qkv) FIELD(gate_up) FIELD(o) FIELD(down) FIELD(attn_norm)
         FIELD(mlp_norm) FIELD(post_attn_norm) FIELD(post_mlp_norm) FIELD(q_norm) FIELD(k_norm) FIELD(rope_cos)
-            FIELD(rope_sin) FIELD(window) FIELD(kv) FIELD(hadamard_down);
+            FIELD(rope_sin) FIELD(window) FIELD(kv) FIELD(k_scale) FIELD(v_scale) FIELD(hadamard_down);
   }
   {
     using T = Config;
     nb::class_<T>(m, "Config").def(nb::init<>()) FIELD(hidden) FIELD(inner) FIELD(heads) FIELD(kv_heads) FIELD(head_dim)
         FIELD(rotary) FIELD(vocab) FIELD(max_tokens) FIELD(max_position) FIELD(activation) FIELD(act_group) FIELD(eps)
             FIELD(embed_scale) FIELD(attn_scale) FIELD(attn_softcap) FIELD(logit_softcap) FIELD(embedding)
-                FIELD(embedding_type) FIELD(embedding_scale) FIELD(final_norm) FIELD(head) FIELD(kv_type) FIELD(kv_block) FIELD(kv_blocks)
+                FIELD(embedding_type) FIELD(embedding_scale) FIELD(final_norm) FIELD(head) FIELD(kv_type) FIELD(kv_block) FIELD(kv_blocks) FIELD(kv_fixed)
                     FIELD(layers);
   }
 #undef FIELD
@@ -236,11 +236,11 @@ NB_MODULE(_cpu, m) {
   }, nb::arg("x"), nb::arg("rows"), nb::arg("n"), nb::arg("scale"), nb::arg("isa") = nb::none(), Nogil());
   // Store k, v (tokens, kv_heads, dim) at pos0.. of one sequence's cache, then attend with q (tokens, heads, dim).
   m.def("attention", [](Address q, Address kk, Address v, int tokens, int heads, int kv_heads, int dim, int pos0, int type,
-                        int block, Address cache, Address table, float scale, float softcap, int window, bool decode,
+                        int block, Address cache, Address table, float scale, float softcap, int window, bool decode, bool fixed,
                         Address out, std::optional<std::string> isa) {
     const Kernels& k = named(isa);
     Kv kv;
-    kv.type = (KvType)type, kv.heads = kv_heads, kv.dim = dim, kv.block = block, kv.base = at<uint8_t>(cache);
+    kv.type = (KvType)type, kv.heads = kv_heads, kv.dim = dim, kv.block = block, kv.base = at<uint8_t>(cache), kv.fixed = fixed;
     kv.tile_bytes = kv_tile_bytes(kv.type, dim), kv.block_bytes = kv.tile_bytes * kv_heads * (block / 16);
     for (int t = 0; t < tokens; ++t)
       for (int h = 0; h < kv_heads; ++h)
@@ -267,5 +267,5 @@ NB_MODULE(_cpu, m) {
     });
   }, nb::arg("q"), nb::arg("k"), nb::arg("v"), nb::arg("tokens"), nb::arg("heads"), nb::arg("kv_heads"), nb::arg("dim"),
         nb::arg("pos0"), nb::arg("kv_type"), nb::arg("block"), nb::arg("cache"), nb::arg("table"), nb::arg("scale"),
-        nb::arg("softcap"), nb::arg("window"), nb::arg("decode"), nb::arg("out"), nb::arg("isa") = nb::none(), Nogil());
+        nb::arg("softcap"), nb::arg("window"), nb::arg("decode"), nb::arg("fixed"), nb::arg("out"), nb::arg("isa") = nb::none(), Nogil());
 }
