@@ -17,13 +17,12 @@ from torch import Tensor
 from lowbit.artifact import disk_errors, write_bytes
 from lowbit.errors import InputError, nearest
 from lowbit.exporting.gguf import Request
-from lowbit.exporting.network import Network, compare, open_network
+from lowbit.exporting.network import Network, compare, open_network, quiet_converter
 from lowbit.model.checkpoint import Checkpoint
 from lowbit.scheme import Scheme
 
 TYPES = ("int8", "float")
 _SIGNATURE = "serving_default"
-_THREADS = 1
 
 
 def supports(scheme: Scheme) -> str | None:
@@ -54,7 +53,7 @@ def export_litert(checkpoint: Checkpoint, output: Path, request: Request) -> dic
     if kind not in TYPES:
         raise InputError(f"unknown LiteRT type {kind!r}. {nearest(kind, TYPES)}")
     network = open_network(checkpoint, request)
-    with tempfile.TemporaryDirectory(dir=output.absolute().parent, prefix=".lowbit-") as folder, disk_errors(output):
+    with disk_errors(output), quiet_converter(), tempfile.TemporaryDirectory() as folder:
         data = _convert(network, Path(folder) / "float.tflite")
         if kind == "int8":
             data = _round(network, data)
@@ -93,7 +92,7 @@ def _round(network: Network, data: bytes) -> bytes:
 def run_litert(file: Path, examples: list[dict[str, Tensor]]) -> Tensor:
     """(examples, ...) float32: what LiteRT's interpreter computes; int8 inputs and outputs are converted."""
     _, _, interpreter = require_litert()
-    runner = interpreter.Interpreter(str(file), num_threads=_THREADS).get_signature_runner(_SIGNATURE)
+    runner = interpreter.Interpreter(str(file), num_threads=torch.get_num_threads()).get_signature_runner(_SIGNATURE)
     inputs, outputs = runner.get_input_details(), runner.get_output_details()
     ((name, output),) = outputs.items()
     answers = []

@@ -4,6 +4,10 @@ For models that one call answers: encoders, and classifiers of images. Their cal
 `pixel_values` (n, channels, height, width), as the model's own image processor makes them.
 """
 
+import contextlib
+import io
+import logging
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -124,3 +128,15 @@ def compare(here: Tensor, there: Tensor) -> dict[str, Any]:
     difference = float((here.log_softmax(-1) - there.log_softmax(-1)).abs().mean())
     same = float((here.argmax(-1) == there.argmax(-1)).float().mean())
     return {"positions": len(here), "top1_agreement": same, "mean_log_probability_difference": difference}
+
+
+@contextlib.contextmanager
+def quiet_converter() -> Iterator[None]:
+    """Without the progress reports of other projects' converters, which would mix with --json -."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        logging.disable(before)

@@ -5,9 +5,6 @@ for every output channel; QuantizeLinear and DequantizeLinear stand around every
 can read and ONNX Runtime fuses into integer convolutions.
 """
 
-import contextlib
-import io
-import logging
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lowbit.errors import InputError
-from lowbit.exporting.network import PIXELS, Network
+from lowbit.exporting.network import PIXELS, Network, quiet_converter
 from lowbit.exporting.onnx_graph import MODEL, session
 
 
@@ -33,7 +30,7 @@ def require_onnxscript() -> None:
 
 def image_graph(network: Network, kind: str) -> bytes:
     """The network as an ONNX file, of any number of images at once."""
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet_converter():
         whole, rounded = Path(folder) / "float.onnx", Path(folder) / MODEL
         example = {PIXELS: network.examples[0][PIXELS].expand(2, -1, -1, -1).contiguous()}
         program = torch.onnx.export(
@@ -78,15 +75,3 @@ def run_images(path: Path, images: Tensor) -> Tensor:
     """(n, classes) by ONNX Runtime."""
     (logits,) = session(path).run(None, {PIXELS: images.numpy()})
     return torch.from_numpy(logits)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Without the converters' progress reports."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logging.disable(before)

@@ -71,14 +71,11 @@ def linear(build: Build, x: str, module: str) -> str:
 def _matrix(build: Build, stored: str) -> str:
     """The float32 weight (in, out)."""
     graph, name = build.graph, f"{stored}.weight"
-    if graph.has(name):  # shared with a lookup, which has it as (out, in)
-        return graph.op("Transpose", _as_float(build, name), perm=[1, 0])
-    return _as_float(build, graph.weight(name, build.tensor(name).T))
-
-
-def _as_float(build: Build, name: str) -> str:
-    dtype = build.tensor(name).dtype
-    return name if dtype == torch.float32 else build.graph.cast(name, torch.float32)
+    weight, shared = build.tensor(name), build.graph.has(name)  # a lookup has it as (out, in)
+    value = name if shared else graph.weight(name, weight.T)
+    if weight.dtype != torch.float32:
+        value = graph.cast(value, torch.float32)
+    return graph.op("Transpose", value, perm=[1, 0]) if shared else value
 
 
 def _n_bits(build: Build, x: str, module: str, stored: str, quantized: QuantizedTensor, scheme: Scheme) -> str:
