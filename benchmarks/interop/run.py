@@ -1,6 +1,6 @@
 """Other projects' readers on what lowbit writes: `make interop` sets them up and runs this.
 
-    python benchmarks/interop/run.py --readers DIR [--llama-server PROGRAM] [--vllm PROGRAM] [--only NAME,...]
+    python benchmarks/interop/run.py --readers DIR [--llama-server PROGRAM] [--vllm PROGRAM] [--only READER,...]
 
 From the demo model it makes files, asks each reader for the log-probabilities of the same tokens (8 windows of 128 of
 the demo's evaluation text), and compares them with lowbit's own float32 path on the same file: the share of positions
@@ -162,7 +162,7 @@ def main() -> None:
     parser.add_argument("--readers", type=Path, default=Path("nowhere"), help="a folder of virtual environments")
     parser.add_argument("--llama-server", help="llama.cpp's llama-server")
     parser.add_argument("--vllm", help="vLLM's program")
-    parser.add_argument("--only", help="readers, separated by commas")
+    parser.add_argument("--only", help="readers, or a reader and a file as the page names them; by commas")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--work", type=Path, help="keep the files here, and use those that are there")
     args = parser.parse_args()
@@ -171,7 +171,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         work = args.work or Path(name)
         for case in CASES:
-            if args.only and case.reader not in args.only.split(","):
+            if args.only and not {case.reader, f"{case.reader} {case.label}"} & set(args.only.split(",")):
                 continue
             row = run(case, args, work)
             if row is None:
