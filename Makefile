@@ -58,6 +58,8 @@ $(READERS)/gptqmodel/.ready:
 $(READERS)/vllm/.ready:
 	$(PYTHON) -m venv $(READERS)/vllm
 	$(READERS)/vllm/bin/python -m pip install --quiet '$(VLLM)' greenlet scipy
+	# of no use for text, and a build for another torch stops vLLM's import
+	$(READERS)/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(READERS)/vllm/bin/python -m pip install --quiet --no-deps .
 	touch $@
 
