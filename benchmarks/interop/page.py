@@ -37,7 +37,7 @@ def within(row: dict[str, Any]) -> bool:
 def render(document: dict[str, Any]) -> str:
     lines = ["| reader | version | file | same token | mean difference | within |", "|---|---|---|---|---|---|"]
     for row in document["results"]:
-        versions = ", ".join(f"{name} {v}" if name not in v else v for name, v in row["versions"].items())
+        versions = ", ".join(f"{name} {v}" if name not in v.lower() else v for name, v in row["versions"].items())
         if "largest_difference" in row:
             figures = f"every value | {row['largest_difference']:.2g}"
         else:
