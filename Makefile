@@ -40,8 +40,7 @@ LLAMA_CPP ?= $(shell command -v llama-server)
 VLLM ?=
 
 interop: install-dev $(READERS)/transformers/.ready $(READERS)/gptqmodel/.ready $(if $(VLLM),$(READERS)/vllm/.ready)
-	$(BIN)/python benchmarks/interop/run.py --readers $(READERS) $(if $(LLAMA_CPP),--llama-server $(LLAMA_CPP)) \
-	    $(if $(VLLM),--vllm $(READERS)/vllm/bin/vllm)
+	$(BIN)/python benchmarks/interop/run.py --readers $(READERS) $(if $(LLAMA_CPP),--llama-server $(LLAMA_CPP))
 	LLAMA_CPP=$(LLAMA_CPP) $(BIN)/python -m pytest -m interop_heavy
 
 $(READERS)/transformers/.ready:
