@@ -41,8 +41,7 @@ LLAMA_CPP ?= $(shell command -v llama-server)
 VLLM ?=
 
 interop: install-dev $(READERS)/transformers/.ready $(READERS)/gptqmodel/.ready $(if $(VLLM),$(READERS)/vllm/.ready)
-	$(BIN)/python benchmarks/interop/run.py --readers $(READERS) $(if $(LLAMA_CPP),--llama-server $(LLAMA_CPP)) \
-	    $(if $(VLLM),--vllm $(READERS)/vllm/bin/vllm)
+	$(BIN)/python benchmarks/interop/run.py --readers $(READERS) $(if $(LLAMA_CPP),--llama-server $(LLAMA_CPP))
 	LLAMA_CPP=$(LLAMA_CPP) $(BIN)/python -m pytest -m interop_heavy
 
 $(READERS)/transformers/.ready:
@@ -59,6 +58,8 @@ $(READERS)/gptqmodel/.ready:
 $(READERS)/vllm/.ready:
 	$(PYTHON) -m venv $(READERS)/vllm
 	$(READERS)/vllm/bin/python -m pip install --quiet '$(VLLM)' greenlet scipy
+	# of no use for text, and a build for another torch stops vLLM's import
+	$(READERS)/vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
 	$(READERS)/vllm/bin/python -m pip install --quiet --no-deps .
 	touch $@
 

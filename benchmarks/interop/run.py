@@ -1,6 +1,6 @@
 """Other projects' readers on what lowbit writes: `make interop` sets them up and runs this.
 
-    python benchmarks/interop/run.py --readers DIR [--llama-server PROGRAM] [--vllm PROGRAM] [--only NAME,...]
+    python benchmarks/interop/run.py --readers DIR [--llama-server PROGRAM] [--only READER,...]
 
 From the demo model it makes files, asks each reader for the log-probabilities of the same tokens (8 windows of 128 of
 the demo's evaluation text), and compares them with lowbit's own float32 path on the same file: the share of positions
@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -105,7 +106,7 @@ def agreement(own: torch.Tensor, theirs: torch.Tensor) -> dict[str, float]:
     }
 
 
-def in_its_environment(python: Path, script: str, path: Path, tokens: torch.Tensor, work: Path) -> Any:
+def in_its_environment(python: Path, script: str, work: Path, path: Path, tokens: torch.Tensor) -> Any:
     """Run a reader's script: (log-probabilities, what it says about itself)."""
     given, found = work / "tokens.npy", work / "found.npz"
     np.save(given, tokens.numpy())
@@ -135,13 +136,10 @@ def gguf_values(path: Path) -> dict[str, Any]:
 def reader_of(name: str, args: argparse.Namespace, work: Path) -> Callable[[Path, torch.Tensor], Any] | None:
     """How a reader is asked, or None if it is not there."""
     python = args.readers / name / "bin" / "python"
-    if name in ("transformers", "gptqmodel"):
-        script = f"read_{name}.py"
-        return (
-            (lambda path, tokens: in_its_environment(python, script, path, tokens, work)) if python.exists() else None
-        )
-    program = {"llama.cpp": args.llama_server, "vllm": args.vllm}[name]
-    return (lambda path, tokens: served(name, program, path, tokens)) if program else None
+    if name != "llama.cpp":
+        ask = partial(in_its_environment, python, f"read_{name}.py", work)
+        return ask if python.exists() else None
+    return partial(served, name, args.llama_server) if args.llama_server else None
 
 
 def run(case: Case, args: argparse.Namespace, work: Path) -> dict[str, Any] | None:
@@ -161,19 +159,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--readers", type=Path, default=Path("nowhere"), help="a folder of virtual environments")
     parser.add_argument("--llama-server", help="llama.cpp's llama-server")
-    parser.add_argument("--vllm", help="vLLM's program")
-    parser.add_argument("--only", help="readers, separated by commas")
+    parser.add_argument("--only", help="readers, or a reader and a file as the page names them; by commas")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--work", type=Path, help="keep the files here, and use those that are there")
     args = parser.parse_args()
     kept = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else []
     rows = {(r["reader"], r["file"]): r for r in kept}
+    failed: list[Case] = []
     with tempfile.TemporaryDirectory() as name:
         work = args.work or Path(name)
         for case in CASES:
-            if args.only and case.reader not in args.only.split(","):
+            if args.only and not {case.reader, f"{case.reader} {case.label}"} & set(args.only.split(",")):
                 continue
-            row = run(case, args, work)
+            try:
+                row = run(case, args, work)
+            except RuntimeError as error:  # one reader's failure is no reason to leave the others out
+                print(f"{case.reader} {case.label} failed: {error}", file=sys.stderr)
+                failed.append(case)
+                continue
             if row is None:
                 print(f"{case.reader}: not there", file=sys.stderr)
                 continue
@@ -184,6 +187,8 @@ def main() -> None:
             document = {"lowbit_version": lowbit.__version__, "environment": environment(), "results": results}
             RESULTS.write_text(json.dumps(document, indent=2) + "\n")
             PAGE.write_text(render(document))
+    if failed:
+        sys.exit(f"{len(failed)} readers failed: {', '.join(f'{c.reader} {c.label}' for c in failed)}")
 
 
 if __name__ == "__main__":
