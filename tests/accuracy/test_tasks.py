@@ -20,6 +20,7 @@ from lowbit.accuracy.tasks import compare
 from lowbit.cli.measure import task_table
 from lowbit.errors import InputError
 from lowbit.model.checkpoint import DEMO
+from lowbit.pipeline import quantize
 from lowbit.runtime.base import Engine
 from lowbit.runtime.engine import load
 
@@ -94,7 +95,7 @@ def test_the_harness_own_backend_agrees(tasks: Path) -> None:
     import lm_eval
 
     names = [str(tasks / f"{n}.yaml") for n in ("next", "write", "whole")]
-    document = evaluate(["demo"], against="demo", seq_len=2048, windows=1, runtime="float32", tasks=names)
+    document = evaluate(["demo"], against="demo", runtime="float32", tasks=names)
     own = document["results"][0]["tasks"]
     specs = [task_spec(n) for n in names]
     path = str(DEMO / "model")
@@ -223,6 +224,21 @@ def test_bad_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "lm_eval", None)
     with pytest.raises(InputError, match=r"pip install 'lowbit\[tasks\]'"):
         evaluate(["demo"], tasks=["x"])
+
+
+@pytest.mark.usefixtures("offline")
+def test_with_a_text_both_are_measured(tasks: Path, tiny: Path, text_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    quantize(tiny, out, scheme="w8a8", method="rtn")
+    names = [str(tasks / "next.yaml")]
+    document = evaluate([out], text_file, against=tiny, seq_len=64, windows=2, tasks=names, limit=3)
+    assert document["results"][0]["perplexity"] > 1
+    assert document["results"][0]["tasks"]["next_line"]["n"] == 3
+    assert document["reference"]["tasks"]["next_line"]["n"] == 3
+    assert {c["against"] for c in document["task_comparisons"]} == {document["reference"]["model"]}
+    kept = json.loads((out / "evaluate.json").read_text())["results"][0]
+    assert len(kept["tasks"]["next_line"]["samples"]) == 3
+    assert "McNemar" in task_table(document)
 
 
 @pytest.mark.usefixtures("offline")

@@ -23,7 +23,7 @@ from lowbit.tuning.candidates import FULL, Candidate, make_candidates
 from lowbit.tuning.expected import PLAIN, expected_seconds
 from lowbit.tuning.halving import KEEP, Measured, dropped
 from lowbit.tuning.isolate import JobError, JobLimits, run_job
-from lowbit.tuning.search import search
+from lowbit.tuning.search import MARGIN, search
 
 # ---- candidates ----
 
@@ -77,9 +77,10 @@ ALL = [("gptq", "w8a8"), ("gptq", "w4a16"), ("awq+gptq", "w4a16"), ("gptq", "any
 def test_the_first_that_keeps_the_limits_bounds_the_rest() -> None:
     keep = {"w3a16": "bad", "w4a16": "good", "any4": "good", "w8a8": "good"}
     made, left_out = searched(keep, ALL)
-    assert made == ["w3a16-gptq", "w4a16-gptq", "any4-gptq"]  # any4 is within what expectations may be off
+    assert made == ["w3a16-gptq", "w4a16-gptq"]
     assert "as fast as w4a16-gptq" in left_out["w4a16-awq-gptq"]
-    assert "1.54x" in left_out["w8a8-gptq"]
+    assert "as fast as w4a16-gptq" in left_out["any4-gptq"]  # within what expectations may be off
+    assert "1.54x its time" in left_out["w8a8-gptq"]
     assert "no faster than the original" in left_out["fp8-rtn"]
 
 
@@ -90,14 +91,14 @@ def test_what_a_few_windows_cannot_decide_bounds_nothing() -> None:
 
 
 def test_the_search_finds_what_trying_everything_finds() -> None:
-    """Whatever the verdicts, the fastest good candidate is among those that were made."""
+    """Whatever the verdicts, one as fast as the fastest good candidate is among those that were made."""
     for verdicts in itertools.product(("good", "bad", "open"), repeat=4):
         keep = dict(zip(("w3a16", "w4a16", "any4", "w8a8"), verdicts, strict=True))
         made, _ = searched(keep, ALL)
         good = [s for s in keep if keep[s] == "good"]
         if good:
-            fastest = min(good, key=SECONDS.__getitem__)
-            assert any(name.startswith(f"{fastest}-") for name in made)
+            fastest = min(SECONDS[s] for s in good)
+            assert any(SECONDS[s] <= fastest * MARGIN and f"{s}-gptq" in made for s in good)
 
 
 def test_expected_times_are_those_of_the_products(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -189,9 +189,11 @@ def test_only_what_can_be_the_answer_is_made(tiny: Path, tmp_path: Path, monkeyp
     assert why["w8a8-rtn"] in summary(document)
     assert "not made" in (tmp_path / "out" / "report.html").read_text()
 
-    strict = tune(tiny, tmp_path / "strict", text, **options | {"max_ppl_increase": 1e-9})
+    strict = tune(tiny, tmp_path / "strict", text, **options, max_kl=1e-9)
     assert strict["recommendation"]["name"] == "original"
-    assert "too inaccurate" in {c["name"]: c["verdict"] for c in strict["candidates"]}["w3a16-g32-rtn"]
+    verdicts = {c["name"]: c["verdict"] for c in strict["candidates"]}
+    assert "too inaccurate" in verdicts["w3a16-g32-rtn"]
+    assert "--max-kl cannot be reached; the closest is w8a8-rtn" in " ".join(strict["recommendation"]["reasons"])
 
     everything = tune(tiny, tmp_path / "out", text, **options, resume=True, exhaustive=True)
     assert all(c["verdict"] == "ok" for c in everything["candidates"])

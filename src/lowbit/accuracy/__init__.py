@@ -54,7 +54,7 @@ def evaluate(
 
     `tasks` are names of the lm-evaluation-harness or YAML files (accuracy/tasks.py), `limit` takes only so many samples
     of each; each result's `tasks` keeps every sample, `task_comparisons` every pair of models. With tasks and no
-    text, tasks are all that is measured (but of the demo on no server, which has a text).
+    text, tasks are all that is measured.
 
     With a `runtime` of another project (llama.cpp, vllm) its server is started for every model, from `program` or from
     PATH; a model may be the URL of a running one, which serves the reference in some form. `floor` is the original in
@@ -70,7 +70,7 @@ def evaluate(
     asked = None
     if tasks:
         asked = evaluate_tasks([str(m) for m in models], original, tasks, runtime=runtime, limit=limit)
-        if text is None and (original.path != DEMO / "model" or any(is_url(str(m)) for m in models)):
+        if text is None:
             return asked
     label = str(text)
     if text is None:
