@@ -12,6 +12,7 @@ them. The head of lowbit's models is int8, one scale a row; activations are int8
 
 import argparse
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -103,21 +104,30 @@ def demo_side() -> Callable[[dict[str, Any]], dict[str, float]]:
 
 
 class Worker:
-    """A model in its own process, which answers a line with a line."""
+    """A model in its own process, which answers a line with a line. `pause`: stopped while nobody asks, for an engine
+    whose threads spin while they wait."""
 
-    def __init__(self, command: list[str]) -> None:
+    def __init__(self, command: list[str], *, pause: bool = False) -> None:
+        self.pause = pause
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=HERE)
         assert self.process.stdout is not None
         while self.process.stdout.readline().strip() != "ready":
             if self.process.poll() is not None:
                 sys.exit(f"{' '.join(command)} did not start")
+        self._signal(signal.SIGSTOP)
+
+    def _signal(self, number: int) -> None:
+        if self.pause:
+            self.process.send_signal(number)
 
     def ask(self, **request: Any) -> dict[str, float]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
+        self._signal(signal.SIGCONT)
         self.process.stdin.write(json.dumps({"batch": 1, "context": 128, "prefill": 0} | request) + "\n")
         self.process.stdin.flush()
         reply: dict[str, float] = json.loads(self.process.stdout.readline())
+        self._signal(signal.SIGSTOP)
         return reply
 
 
@@ -224,11 +234,13 @@ def main() -> None:
     sides = [*WORKERS, "transformers", *(["demo"] if a.demo else [])]
     ours = {name: Worker([sys.executable, __file__, "--serve", name]) for name in sides}
     if a.vllm:
-        ours["vllm"] = Worker([a.vllm, str(HERE / "peers" / "run_vllm.py"), a.hf])
+        ours["vllm"] = Worker([a.vllm, str(HERE / "peers" / "run_vllm.py"), a.hf], pause=True)
     rounds = []
     for i in range(a.rounds):
         rounds.append(one_round(a.bin, a.models, a.demo, ours))
         print(f"round {i + 1}:", json.dumps(rounds[-1]), file=sys.stderr, flush=True)
+    for worker in ours.values():
+        worker.process.kill()
     document = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "commit": commit.stdout.strip(),

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import lowbit
-from lowbit import pipeline
+from lowbit import job, pipeline
 from lowbit.algorithms import METHODS, Method
 from lowbit.algorithms.rtn import RTNSettings, rtn
 from lowbit.artifact import Work, file_hashes, read_manifest
@@ -189,7 +189,7 @@ def test_exactly_representable_weights_come_back(run: Run, tiny_float32: Path, t
 
 def test_at_most_one_block_holds_weights_at_a_time(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nets: list[Any] = []
-    original_skeleton, original_release = pipeline.skeleton, pipeline.release
+    original_skeleton, original_release = pipeline.skeleton, job.release
     held: list[int] = []
 
     def skeleton(checkpoint: Any) -> Any:
@@ -201,7 +201,7 @@ def test_at_most_one_block_holds_weights_at_a_time(run: Run, tmp_path: Path, mon
         original_release(block)
 
     monkeypatch.setattr(pipeline, "skeleton", skeleton)
-    monkeypatch.setattr(pipeline, "release", release)
+    monkeypatch.setattr(job, "release", release)
     run(tmp_path / "out")
     assert set(held) == {1}  # after entering, and after each block
     assert all(p.is_meta for p in nets[0].model.layers.parameters())

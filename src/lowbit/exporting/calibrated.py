@@ -14,12 +14,12 @@ from lowbit.algorithms.ggml_search import search_blocks
 from lowbit.calibration import Calibration
 from lowbit.formats import gguf_names as names
 from lowbit.ggml import BlockTensor, BlockType, GgmlType
+from lowbit.job import HELD_OUT
 from lowbit.losses import Statistics
 from lowbit.memory import BATCH
 from lowbit.model.load import Source, materialize, materialize_outside
 from lowbit.model.lockstep import Walk
 from lowbit.model.walk import Blocks, Entry, capture_entries, input_groups, linears
-from lowbit.pipeline import HELD_OUT
 from lowbit.workers import one_thread
 
 
