@@ -35,7 +35,7 @@ def engines(kv: str, work: Path) -> tuple[Engine, Engine]:
     if kv != "none" and KV_SCHEMES[kv].static:
         model = str(work / kv)
         quantize("demo", model, scheme="none", method="rtn", kv=kv, samples=SAMPLES)
-    return load(model, "float32", kv), load(model, "auto", kv)
+    return load(model, "float32", kv=kv), load(model, "auto", kv=kv)
 
 
 def figures(own: Scores) -> dict[str, Any]:

@@ -154,11 +154,11 @@ def test_a_directory_runs_through_its_cache_in_both_engines(
     assert document["kv_cache"]["scheme"] == word
     assert document["kv_cache"]["alarms"] == []
     assert len(document["kv_cache"]["layers"]) == (2 if scheme.static else 0)
-    exact, general = load(tmp_path / "q", "float32", "none"), load(tmp_path / "q", "float32")
+    exact, general = load(tmp_path / "q", "float32", kv="none"), load(tmp_path / "q", "float32")
     assert isinstance(general, GeneralEngine)
     lost = kl(exact.logits(TOKENS), general.logits(TOKENS))
     assert 0 < lost < (2e-4 if word.startswith("int8") else 2e-3 if word == "fp8" else 0.05)
-    assert general.kv_bytes(100) < 0.8 * load(tmp_path / "q", "bfloat16", "none").kv_bytes(100)
+    assert general.kv_bytes(100) < 0.8 * load(tmp_path / "q", "bfloat16", kv="none").kv_bytes(100)
     assert "KV cache" in general.runtime
     if native is not None:
         engine = load(tmp_path / "q")
@@ -182,7 +182,7 @@ def test_a_cache_alone(tiny: Path, tmp_path: Path, text_file: Path) -> None:
 
 
 def test_a_cache_that_the_engine_steps_through_is_that_of_the_whole_text(tiny: Path) -> None:
-    engine = load(tiny, "float32", "int4")
+    engine = load(tiny, "float32", kv="int4")
     streamed = torch.stack(list(engine.stream(TOKENS[:, :20], 8)), 1)
     whole = torch.cat([TOKENS[:, :20], streamed], 1)
     assert torch.equal(engine.logits(whole)[:, 19:-1].argmax(-1), streamed)
@@ -194,12 +194,12 @@ def test_a_cache_that_the_engine_steps_through_is_that_of_the_whole_text(tiny: P
 
 
 def test_run_time_words(tiny: Path, tmp_path: Path, text_file: Path) -> None:
-    assert "int8 KV cache (a scale per token and head)" in load(tiny, "float32", "int8").runtime
+    assert "int8 KV cache (a scale per token and head)" in load(tiny, "float32", kv="int8").runtime
     with pytest.raises(InputError, match="needs scales found by calibration"):
-        load(tiny, "float32", "fp8")
+        load(tiny, "float32", kv="fp8")
     made(tiny, tmp_path / "q", text_file, kv="int8-tensor")
-    assert "a stored scale per layer" in load(tmp_path / "q", "float32", "int8").runtime
-    assert "KV cache" not in load(tmp_path / "q", "float32", "none").runtime
+    assert "a stored scale per layer" in load(tmp_path / "q", "float32", kv="int8").runtime
+    assert "KV cache" not in load(tmp_path / "q", "float32", kv="none").runtime
 
 
 def test_quantize_refuses(tiny: Path, tmp_path: Path) -> None:
@@ -212,14 +212,14 @@ def test_quantize_refuses(tiny: Path, tmp_path: Path) -> None:
 @needs_native
 @pytest.mark.parametrize("word", ["int8", "int4"])
 def test_the_native_cache_halves_its_bytes(word: str, tiny: Path) -> None:
-    few, many = load(tiny, "auto", word), load(tiny, "auto")
+    few, many = load(tiny, "auto", kv=word), load(tiny, "auto")
     assert few.kv_bytes(1000) <= (0.7 if word == "int8" else 0.45) * many.kv_bytes(1000)  # heads of 16 channels
 
 
 @needs_native
 def test_the_scheduler_and_its_prefixes_over_an_int4_cache(tiny: Path) -> None:
     """The bits do not depend on what is computed beside: together, alone and from a cached prefix are the same."""
-    engine = load(tiny, "auto", "int4")
+    engine = load(tiny, "auto", kv="int4")
     assert engine.batch_invariant
     params = SamplingParams(max_new_tokens=12)
     prompts = [TOKENS[0, :40].tolist(), TOKENS[0, :45].tolist(), TOKENS[1, :17].tolist()]
@@ -252,7 +252,7 @@ def test_what_the_demo_model_loses(tmp_path: Path) -> None:
         scheme = KvScheme.parse(word)
         if scheme.static:
             quantize("demo", tmp_path / word, scheme="none", method="rtn", kv=word, samples=8)
-        engine = load(tmp_path / word if scheme.static else "demo", "float32", word)
+        engine = load(tmp_path / word if scheme.static else "demo", "float32", kv=word)
         lost[word] = kl(truth, engine.logits(tokens))
         if word == "int8":
             ones = KvCache(scheme, ((torch.ones(1), torch.ones(1)),) * 8)
