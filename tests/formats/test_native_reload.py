@@ -114,7 +114,7 @@ def test_rotated_models_keep_their_few_bits(quantized: Callable[..., Path], sche
     ("scheme", "method", "message"),
     [
         ("e8p2", "gptq", "does not round to scheme e8p2, which is a lattice: use --method quip"),
-        ("any4", "quip", "has learned tables: use --method rtn or gptq or any4"),
+        ("any4", "quip", "has learned tables: use --method rtn or gptq or signround or any4"),
         ("w4a16-g32", "any4", "method 'any4' does not round to scheme w4a16-g32"),
         ("nvfp4", "quip", "method 'quip' does not round to scheme nvfp4"),
     ],
