@@ -4,6 +4,7 @@
 // Operands are random and adversarial: zeros, the largest codes of both signs, subnormals, values near the largest
 // float, odd rows and columns, unaligned pointers. Integer work and roundings must agree bit for bit; floats may differ
 // by the rounding of a fused multiply-add.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -149,6 +150,13 @@ static void check_linear(const Kernels& k, const Kernels& oracle, int bits, bool
     std::vector<float> expected = floats((size_t)m * rows, kRandom), got = expected;
     for (const Kernels* each : {&oracle, &k}) {
       Bytes scratch(each->linear_scratch + (size_t)m * 128 + 64);
+      const size_t tiled = (size_t)m + each->tile_rows;
+      std::vector<int8_t> tiles(tiled * wide);
+      std::vector<float> tile_scale(tiled * folds);
+      std::vector<int32_t> tile_sum(tiled * folds);
+      a.tiles = tiles.data(), a.tile_scale = tile_scale.data(), a.tile_sum = tile_sum.data();
+      for (int t = 0; t * each->tile_rows < m; ++t)
+        each->pack_tile(a, t, std::min(each->tile_rows, m - t * each->tile_rows));
       each->linear(w, a, m, 0, w.panels, (each == &k ? got : expected).data(), rows, add, scratch.p);
     }
     where = std::string(k.name) + " linear " + (table ? "table" : lattice ? "lattice" : std::to_string(bits) + " bits") + (asym ? " asym" : "") +
@@ -165,6 +173,22 @@ static void check_linears(const Kernels& k, const Kernels& oracle) {
       for (const auto& s : shapes)
         for (int m : {1, 2, 3, 4, 7, 8, 9, 14})
           check_linear(k, oracle, bits, asym, (ScaleType)below(3), s[0], s[1], s[2], below(2), m, below(kPatterns));
+}
+
+static void check_grams(const Kernels& k, const Kernels& oracle) {
+  for (int rows : {1, 2, 7, 257})
+    for (int width : {1, 16, 31, 40, 100}) {
+      const std::vector<float> x = floats((size_t)rows * width, kRandom);
+      std::vector<uint16_t> bf16(x.size());
+      for (size_t i = 0; i < x.size(); ++i) bf16[i] = bf16_bits(x[i]);
+      std::vector<float> expected = floats((size_t)width * width, kRandom), got = expected;
+      for (const Kernels* each : {&oracle, &k}) {
+        Bytes scratch(each->gram_scratch(width));
+        each->gram(bf16.data(), (size_t)width, rows, width, (each == &k ? got : expected).data(), scratch.p);
+      }
+      where = std::string(k.name) + " gram " + std::to_string(rows) + " x " + std::to_string(width);
+      near("sum", expected, got, 2e-5);
+    }
 }
 
 static void check_norms(const Kernels& k, const Kernels& oracle) {
@@ -285,7 +309,8 @@ int main() {
   for (const char* name : {"avx512bf16", "avx512", "avx2", "neoni8mm", "neon"})
     if (const Kernels* k = kernels_by_name(name)) {
       const int before = checks;
-      check_linears(*k, oracle), check_norms(*k, oracle), check_elementwise(*k, oracle), check_attentions(*k, oracle);
+      check_linears(*k, oracle), check_grams(*k, oracle), check_norms(*k, oracle);
+      check_elementwise(*k, oracle), check_attentions(*k, oracle);
       std::printf("%s: %d comparisons with portable\n", name, checks - before);
       ++sets;
     }
