@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from lowbit.accuracy.domain import domain_distance, warning
 from lowbit.accuracy.measure import Scores, cut_windows, measure
@@ -80,22 +81,12 @@ def evaluate(
     tokenizer = load_tokenizer(original)
     ids = tokenize("\n".join(read_documents(Path(text), tokenizer)), tokenizer)
     reference = load(original, "float32")
-    window = seq_len or min(reference.context_length, MAX_DEFAULT_WINDOW)
-    if window > reference.context_length:
-        raise InputError(f"--seq-len {window} exceeds the model's context ({reference.context_length}).")
-    cut = cut_windows(ids, window, label)
-    if windows is not None and windows < len(cut):
-        cut = cut[np.linspace(0, len(cut) - 1, windows).round().astype(int)]
-
+    cut = _windows(ids, reference, seq_len, windows, label)
+    plain = _floor(original, floor, runtime, models)
     with ExitStack() as stack:
-        serving = Serving(window + 1, program=program)  # a server is asked about the token after a window, too
+        serving = Serving(cut.shape[1] + 1, program=program)  # a server is asked about the token after a window, too
         engines = [stack.enter_context(_start(m, original, runtime, serving, kv)) for m in models]
-        for name, engine in zip(models, engines, strict=True):
-            if engine.vocab_size != reference.vocab_size:
-                raise InputError(
-                    f"{name}: has {engine.vocab_size} tokens and the reference {reference.vocab_size}: not comparable."
-                )
-        plain = _floor(original, floor, runtime, models)
+        _check_vocabularies(models, engines, reference)
         if plain is not None:
             engines.insert(0, stack.enter_context(load(plain, runtime, serving)))
         truth, *scores = measure(reference.logits, [e.logits for e in engines], cut, reference.vocab_size)
@@ -104,9 +95,9 @@ def evaluate(
         _result(str(name), engine, own, truth, max_ppl_increase, max_kl)
         for name, engine, own in zip(models, engines, scores, strict=True)
     ]
-    document = {
+    document: dict[str, Any] = {
         "text": label,
-        "seq_len": window,
+        "seq_len": cut.shape[1],
         "windows": len(cut),
         "tokens": cut.numel(),
         "reference": {
@@ -120,15 +111,38 @@ def evaluate(
         "comparisons": _comparisons([str(m) for m in models], scores),
     }
     if asked is not None:
-        document["reference"] |= {"tasks": asked["reference"]["tasks"]}  # type: ignore[operator]
-        document["task_comparisons"] = asked["task_comparisons"]
-        for result, same in zip(results, asked["results"], strict=True):
-            result["tasks"] = same["tasks"]
+        _add_tasks(document, asked)
     for name, result in zip(models, results, strict=True):
         result["domain"] = _domain(Path(name), ids, tokenizer)
         if (Path(name) / MANIFEST).exists():
             write_json(Path(name) / "evaluate.json", document | {"results": [result], "comparisons": []})
     return document
+
+
+def _windows(ids: np.ndarray, reference: Engine, seq_len: int | None, most: int | None, label: str) -> Tensor:
+    """(windows, tokens), at most `most` of them."""
+    window = seq_len or min(reference.context_length, MAX_DEFAULT_WINDOW)
+    if window > reference.context_length:
+        raise InputError(f"--seq-len {window} exceeds the model's context ({reference.context_length}).")
+    cut = cut_windows(ids, window, label)
+    if most is None or most >= len(cut):
+        return cut
+    return cut[np.linspace(0, len(cut) - 1, most).round().astype(int)]
+
+
+def _check_vocabularies(models: Sequence[str | Path], engines: Sequence[Engine], reference: Engine) -> None:
+    for name, engine in zip(models, engines, strict=True):
+        if engine.vocab_size != reference.vocab_size:
+            raise InputError(
+                f"{name}: has {engine.vocab_size} tokens and the reference {reference.vocab_size}: not comparable."
+            )
+
+
+def _add_tasks(document: dict[str, Any], asked: dict[str, Any]) -> None:
+    document["reference"]["tasks"] = asked["reference"]["tasks"]
+    document["task_comparisons"] = asked["task_comparisons"]
+    for result, same in zip(document["results"], asked["results"], strict=True):
+        result["tasks"] = same["tasks"]
 
 
 def _start(
