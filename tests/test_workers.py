@@ -148,6 +148,7 @@ def command(words: list[str]) -> int:
         status = 70
         try:
             os.setpgid(0, 0)
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background starts with it ignored
             sys.argv = ["lowbit", *words]
             cli.main()
         except SystemExit as end:
