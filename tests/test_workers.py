@@ -1,5 +1,6 @@
 """Worker processes: the same bytes whatever their number, and clear ends."""
 
+import importlib
 import os
 import signal
 import sys
@@ -114,7 +115,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(quantize: Any, tmp_pat
 
 def in_a_worker(monkeypatch: pytest.MonkeyPatch, at: int, do: Callable[[], Any]) -> None:
     """In worker processes, from the at-th sweep of the whole run on (shared memory counts), `do` instead."""
-    gptq = sys.modules["lowbit.algorithms.gptq"]
+    gptq = importlib.import_module("lowbit.algorithms.gptq")  # the package has a function of that name
     parent, original, count = os.getpid(), gptq.refine, torch.zeros(1, dtype=torch.int64).share_memory_()
 
     def refine(*args: Any) -> Any:
