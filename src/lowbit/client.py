@@ -42,13 +42,7 @@ class Post:
         response = self._response()
         with self._blaming_the_server():
             data = response.read()
-        try:
-            found = json.loads(data)
-        except ValueError as error:
-            raise InputError(f"{self.url}: not JSON: {data[:EXCERPT]!r}.") from error
-        if not isinstance(found, dict):
-            raise InputError(f"{self.url}: expected a JSON object, got {data[:EXCERPT]!r}.")
-        return found
+        return self._object(data, "an answer")
 
     def events(self) -> Iterator[dict[str, Any]]:
         """The JSON objects of the stream, up to [DONE]."""
@@ -66,15 +60,19 @@ class Post:
             data = text[5:].strip()
             if data == "[DONE]":
                 return
-            try:
-                event = json.loads(data)
-            except ValueError as error:
-                raise InputError(f"{self.url}: an event that is not JSON: {data[:EXCERPT]!r}.") from error
-            if not isinstance(event, dict):
-                raise InputError(f"{self.url}: an event that is no object: {data[:EXCERPT]!r}.")
+            event = self._object(data, "an event")
             if isinstance(event.get("error"), dict | str):
                 raise InputError(f"{self.url}: the server reports {str(event['error'])[:EXCERPT]!r}.")
             yield event
+
+    def _object(self, data: str | bytes, what: str) -> dict[str, Any]:
+        try:
+            found = json.loads(data)
+        except ValueError as error:
+            raise InputError(f"{self.url}: {what} that is not JSON: {data[:EXCERPT]!r}.") from error
+        if not isinstance(found, dict):
+            raise InputError(f"{self.url}: {what} that is no object: {data[:EXCERPT]!r}.")
+        return found
 
     def _response(self) -> http.client.HTTPResponse:
         with self._blaming_the_server():
