@@ -44,6 +44,7 @@ def console_examples() -> list[tuple[str, str]]:
 def masked(text: str) -> list[str]:
     """Words only: numbers and instruction sets differ from machine to machine, and with them the columns' widths."""
     text = re.sub(r"lowbit, (avx\w+|neon|portable)", "lowbit, ISA", text)
+    text = re.sub(r"(\d) (MB|GB)\b", r"\1 bytes", text)
     lines = [re.sub(r"[-+±]?\d[\d.,e+-]*%?", "#", line) for line in text.strip().splitlines()]
     # sorted: layers that lost nearly the same may change places
     return sorted(" ".join(line.split()) for line in lines)
