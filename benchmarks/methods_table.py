@@ -7,8 +7,8 @@ evaluated on the demo's evaluation text in windows of 512: weights dequantized, 
 so that it is the method that is measured and not a kernel. --outlier is a directory with the demo model's function and
 large activations in a few channels; without it its rows are left as they are.
 
-A row goes to results/methods.json as soon as it is measured, and the table between the markers of docs/methods.md is
-made anew. Rows that are there already are skipped, so an interrupted run goes on where it was; --again measures them
+Rows go to results/methods.json as soon as they are measured (--together of them at a time), and the table between the
+markers of docs/methods.md is made anew. Rows that are there already are skipped, so an interrupted run goes on where it was; --again measures them
 again, --render only makes the table.
 """
 
@@ -26,6 +26,7 @@ from lowbit.environment import environment
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, DOCS = ROOT / "benchmarks" / "results" / "methods.json", ROOT / "docs" / "methods.md"
+TEXTS = ROOT / "src" / "lowbit" / "demo"
 BEGIN, END = "<!-- methods: begin -->\n", "<!-- methods: end -->\n"
 DEMO, OUTLIER = "demo", "outlier"
 FOLLOW = "follow_original=true"
@@ -91,16 +92,21 @@ PEERS = {
         ("llm-compressor GPTQ w4", "4.125", "12.986", "0.01024"),
     ],
 }
-_RUN = """
+_QUANTIZE = """
 import json, sys
 import lowbit
-scheme, method, settings, model, out, calibration, evaluation = sys.argv[1:]
+scheme, method, settings, model, out, calibration = sys.argv[1:]
 words = dict(pair.split("=") for pair in settings.split(",") if pair)
 d = lowbit.quantize(model, out, scheme=scheme, method=method, set=tuple(words.items()), calibration=calibration)
-e = lowbit.evaluate([out], evaluation, against=model, seq_len=512, runtime="float32")["results"][0]
-print(json.dumps({"bits_per_weight": d["bits_per_weight"], "seconds": d["seconds"], "peak_memory_bytes":
-                  d["peak_memory_bytes"], "perplexity": e["perplexity"], "kl": e["kl"],
-                  "fallbacks": sum(r["fallback"] is not None for r in d["layers"])}))
+print(json.dumps({key: d[key] for key in ("bits_per_weight", "seconds", "peak_memory_bytes")} |
+                 {"fallbacks": sum(r["fallback"] is not None for r in d["layers"])}))
+"""
+_EVALUATE = """
+import json, sys
+import lowbit
+model, evaluation, *outs = sys.argv[1:]
+results = lowbit.evaluate(outs, evaluation, against=model, seq_len=512, runtime="float32")["results"]
+print(json.dumps([{"perplexity": e["perplexity"], "kl": e["kl"]} for e in results]))
 """
 Case = tuple[str, str, str, str]  # model, scheme, method, settings
 
@@ -111,18 +117,31 @@ def every_case() -> list[Case]:
     ]
 
 
-def measure(case: Case, path: str) -> dict[str, Any]:
-    """One row; `path` is where the case's model is."""
-    model, scheme, method, settings = case
-    texts = [str(ROOT / "src" / "lowbit" / "demo" / f"{name}.txt") for name in ("calibration", "evaluation")]
+def measure(cases: list[Case], path: str, *, untimed: bool) -> list[dict[str, Any]]:
+    """Rows of one model's cases; `path` is where it is. Evaluated together, so that the original is only run once."""
+    rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
-        out = str(Path(place) / "q")
-        command = [sys.executable, "-c", _RUN, scheme, method, settings, path, out, *texts]
-        run = subprocess.run(command, capture_output=True, text=True, check=False)
-    row = {"model": model, "scheme": scheme, "method": method, "set": settings}
+        outs = []
+        for i, (model, scheme, method, settings) in enumerate(cases):
+            row = {"model": model, "scheme": scheme, "method": method, "set": settings}
+            out = str(Path(place) / str(i))
+            made = _last_line(_QUANTIZE, scheme, method, settings, path, out, str(TEXTS / "calibration.txt"))
+            print(json.dumps(row | made), file=sys.stderr, flush=True)
+            if "error" not in made:
+                rows.append(row | made | ({"seconds": None} if untimed else {}))
+                outs.append(out)
+        judged = _last_line(_EVALUATE, path, str(TEXTS / "evaluation.txt"), *outs) if outs else []
+        if isinstance(judged, dict):
+            sys.exit(judged["error"])
+    return [row | result for row, result in zip(rows, judged, strict=True)]
+
+
+def _last_line(code: str, *words: str) -> Any:
+    """What a process printed last, as JSON, or {"error": its last word}."""
+    run = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False)
     if run.returncode:
-        return row | {"error": run.stderr.strip().splitlines()[-1]}
-    return row | json.loads(run.stdout.strip().splitlines()[-1])
+        return {"error": run.stderr.strip().splitlines()[-1]}
+    return json.loads(run.stdout.strip().splitlines()[-1])
 
 
 def key(row: dict[str, Any]) -> Case:
@@ -177,23 +196,26 @@ def main() -> None:
     p.add_argument("--only", default="*", help="glob of MODEL:SCHEME:METHOD:SETTINGS or of any beginning of it")
     p.add_argument("--again", action="store_true", help="measure rows that are there already")
     p.add_argument("--untimed", action="store_true", help="leave the seconds out: the machine is busy")
+    p.add_argument("--together", type=int, default=6, help="so many are evaluated in one pass over the text")
     p.add_argument("--render", action="store_true", help="measure nothing, write the table")
     a = p.parse_args()
     paths = {DEMO: "demo"} | ({OUTLIER: a.outlier} if a.outlier else {})
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    for case in [] if a.render else every_case():
-        there = case in {key(r) for r in read_rows()}
-        wanted = fnmatch.fnmatchcase(":".join(case), a.only + "*")
-        if case[0] not in paths or not wanted or (there and not a.again):
-            continue
-        row = measure(case, paths[case[0]])
-        if a.untimed:
-            row["seconds"] = None
-        print(json.dumps(row), file=sys.stderr, flush=True)
-        if "error" not in row:
-            write([r for r in read_rows() if key(r) != case] + [row | {"commit": commit.stdout.strip()}])
+    there = {key(r) for r in read_rows()}
+    for model, path in paths.items():
+        pending = [
+            case
+            for case in ([] if a.render else every_case())
+            if case[0] == model and fnmatch.fnmatchcase(":".join(case), a.only + "*") and (a.again or case not in there)
+        ]
+        for i in range(0, len(pending), a.together):
+            new = measure(pending[i : i + a.together], path, untimed=a.untimed)
+            done = {key(row) for row in new}
+            kept = [r for r in read_rows() if key(r) not in done]
+            write(kept + [row | {"commit": commit.stdout.strip()} for row in new])
             write(read_rows())  # in the order of CASES
             render()
+            print("\n".join(_line(row) for row in new), file=sys.stderr, flush=True)
     render()
 
 

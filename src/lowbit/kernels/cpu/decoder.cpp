@@ -132,7 +132,8 @@ void Decoder::linear(int thread, const Weight* parts, int n_parts, int rows, flo
   int most = 0;
   for (int i = 0; i < n_parts; ++i) most += parts[i].panels;
   const size_t panel_bytes = packed_bytes(parts[0].kind, parts[0].bits, kPanel, parts[0].cols);
-  int grain = rows <= 8 ? (int)(65536 / panel_bytes) : 4;
+  // Asking for the next chunk is an atomic operation, which waits for all loads under way: few large chunks, then.
+  int grain = rows <= 8 ? (int)((1 << 20) / panel_bytes) : 4;
   grain = std::max(2, std::min(grain, most / (2 * pool_.size())) / 2 * 2);
   int chunks = 0;
   for (int i = 0; i < n_parts; ++i) chunks += (parts[i].panels + grain - 1) / grain;
