@@ -3,7 +3,8 @@
 Best of many short runs: on a shared machine that is what the code can do when left alone.
 
     python benchmarks/kernel_rates.py --threads 2 --rows 65536
-    python benchmarks/kernel_rates.py --rows 8192 --json benchmarks/results/kernels.json && python benchmarks/roofline.py
+    python benchmarks/kernel_rates.py --rows 8192 --json benchmarks/results/kernels.json
+    python benchmarks/roofline.py
 """
 
 from __future__ import annotations

@@ -3,13 +3,13 @@
     python benchmarks/methods_table.py [--outlier DIRECTORY] [--only demo:w4a16:gptq] [--again]
 
 Each is quantized in a process of its own with the defaults (128 x 512 calibration tokens of the demo's text) and
-evaluated on the demo's evaluation text in windows of 512: weights dequantized, float32, activations as the scheme says,
-so that it is the method that is measured and not a kernel. --outlier is a directory with the demo model's function and
-large activations in a few channels; without it its rows are left as they are.
+evaluated on --windows windows of 512 tokens, spread over the demo's evaluation text: weights dequantized, float32,
+activations as the scheme says, so that it is the method that is measured and not a kernel. --outlier is a directory
+with the demo model's function and large activations in a few channels; without it its rows are left as they are.
 
 Rows go to results/methods.json as soon as they are measured (--together of them at a time), and the table between the
-markers of docs/methods.md is made anew. Rows that are there already are skipped, so an interrupted run goes on where it was; --again measures them
-again, --render only makes the table.
+markers of docs/methods.md is made anew. Rows that are there already are skipped, so an interrupted run goes on where it
+was; --again measures them again, --render only makes the table.
 """
 
 import argparse
@@ -104,8 +104,9 @@ print(json.dumps({key: d[key] for key in ("bits_per_weight", "seconds", "peak_me
 _EVALUATE = """
 import json, sys
 import lowbit
-model, evaluation, *outs = sys.argv[1:]
-results = lowbit.evaluate(outs, evaluation, against=model, seq_len=512, runtime="float32")["results"]
+model, evaluation, windows, *outs = sys.argv[1:]
+words = {"seq_len": 512, "windows": int(windows) or None, "runtime": "float32"}
+results = lowbit.evaluate(outs, evaluation, against=model, **words)["results"]
 print(json.dumps([{"perplexity": e["perplexity"], "kl": e["kl"]} for e in results]))
 """
 Case = tuple[str, str, str, str]  # model, scheme, method, settings
@@ -117,7 +118,7 @@ def every_case() -> list[Case]:
     ]
 
 
-def measure(cases: list[Case], path: str, *, untimed: bool) -> list[dict[str, Any]]:
+def measure(cases: list[Case], path: str, windows: int, *, untimed: bool) -> list[dict[str, Any]]:
     """Rows of one model's cases; `path` is where it is. Evaluated together, so that the original is only run once."""
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as place:
@@ -130,10 +131,10 @@ def measure(cases: list[Case], path: str, *, untimed: bool) -> list[dict[str, An
             if "error" not in made:
                 rows.append(row | made | ({"seconds": None} if untimed else {}))
                 outs.append(out)
-        judged = _last_line(_EVALUATE, path, str(TEXTS / "evaluation.txt"), *outs) if outs else []
+        judged = _last_line(_EVALUATE, path, str(TEXTS / "evaluation.txt"), str(windows), *outs) if outs else []
         if isinstance(judged, dict):
             sys.exit(judged["error"])
-    return [row | result for row, result in zip(rows, judged, strict=True)]
+    return [row | {"windows": windows} | result for row, result in zip(rows, judged, strict=True)]
 
 
 def _last_line(code: str, *words: str) -> Any:
@@ -197,6 +198,7 @@ def main() -> None:
     p.add_argument("--again", action="store_true", help="measure rows that are there already")
     p.add_argument("--untimed", action="store_true", help="leave the seconds out: the machine is busy")
     p.add_argument("--together", type=int, default=6, help="so many are evaluated in one pass over the text")
+    p.add_argument("--windows", type=int, default=112, help="of 512 tokens, spread over the text; 0: all 336")
     p.add_argument("--render", action="store_true", help="measure nothing, write the table")
     a = p.parse_args()
     paths = {DEMO: "demo"} | ({OUTLIER: a.outlier} if a.outlier else {})
@@ -209,7 +211,7 @@ def main() -> None:
             if case[0] == model and fnmatch.fnmatchcase(":".join(case), a.only + "*") and (a.again or case not in there)
         ]
         for i in range(0, len(pending), a.together):
-            new = measure(pending[i : i + a.together], path, untimed=a.untimed)
+            new = measure(pending[i : i + a.together], path, a.windows, untimed=a.untimed)
             done = {key(row) for row in new}
             kept = [r for r in read_rows() if key(r) not in done]
             write(kept + [row | {"commit": commit.stdout.strip()} for row in new])

@@ -56,8 +56,11 @@ def train(net: PreTrainedModel, path: Path) -> Path:
 @pytest.fixture(scope="module", params=["qwen2", "gpt2"])
 def trained(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
-    made = {"qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**QWEN, **ENDS)),
-            "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2, **ENDS, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0))}  # fmt: skip
+    still = {"resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}
+    made = {
+        "qwen2": lambda: Qwen2ForCausalLM(Qwen2Config(**QWEN, **ENDS)),
+        "gpt2": lambda: GPT2LMHeadModel(GPT2Config(**GPT2, **ENDS, **still)),
+    }
     return train(made[request.param](), tmp_path_factory.mktemp("trained") / request.param)
 
 
