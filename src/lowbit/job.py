@@ -24,18 +24,18 @@ from lowbit.kv_scales import block_scales
 from lowbit.learning import Learned, learn_block, learn_model, say
 from lowbit.losses import Statistics, Units
 from lowbit.manifest import shard_name
-from lowbit.memory import BATCH, give_back
+from lowbit.memory import give_back, windows_at_once
 from lowbit.model.checkpoint import read_header
 from lowbit.model.load import (
     Source,
     compute_buffers,
     compute_dtype,
     materialize,
-    materialize_outside,
     release,
 )
 from lowbit.model.lockstep import Walk
 from lowbit.model.original import Correction, Original
+from lowbit.model.outside import Outside
 from lowbit.model.walk import Blocks, Entry, capture_entries, input_groups, linears
 from lowbit.preflight import Plan
 from lowbit.recipe import Recipe
@@ -64,6 +64,11 @@ class Job:
     equalized: Equalized = field(default_factory=Equalized)
     seen: dict[str, Statistics] = field(default_factory=dict)  # by full name, of linears that are still being learned
     kv_scales: dict[str, Tensor] = field(default_factory=dict)  # of the present block, by the files' names
+
+    @property
+    def batch(self) -> int:
+        """Calibration windows that pass a block together."""
+        return windows_at_once(self.net, self.blocks, self.recipe.seq_len)
 
     def stored(self, name: str) -> Tensor:
         """A tensor as it is to be quantized or copied."""
@@ -114,13 +119,14 @@ class Job:
 
     def _enter(self, calibration: Calibration, dtype: torch.dtype) -> tuple[list[Entry], Equalizer | None]:
         """The batches in front of the first block, and what a method that equalizes needs to know of the model."""
-        materialize_outside(self.net, self.blocks, self.source, dtype)
+        outside = Outside(self.net, self.blocks, self.source, dtype)
         materialize(self.net, self.blocks.names[0], self.source, dtype)
         file = self.work.activations if self.frugal else None
         with disk_errors(self.work.path):
-            entries = capture_entries(self.net, self.blocks, calibration.tokens.split(BATCH), file)
+            entries = capture_entries(self.net, self.blocks, calibration.tokens.split(self.batch), file)
         storage, tokens = self.source.checkpoint.dtype, calibration.tokens
         equalizer = make_equalizer(self.net, self.blocks, tokens, self.recipe, storage, self.threads)
+        outside.close()
         release(self.net)
         compute_buffers(self.net)
         for entry in entries[len(entries) - max(len(entries) // HELD_OUT, 1 if len(entries) > 1 else 0) :]:
@@ -250,7 +256,7 @@ class Job:
             found |= {f"{name}.{n}": r for n, r in rounded.items()}
         schemes = {n: self.plan.schemes[n].activation for n in self.seen}
         grids = {n: InputGrid(a, found[n].input_scale) for n, a in schemes.items() if a is not None}
-        batches, judges = list(calibration.tokens.split(BATCH)), [i for i, held in enumerate(held_out) if held]
+        batches, judges = list(calibration.tokens.split(self.batch)), [i for i, held in enumerate(held_out) if held]
         start = {n: found[n].quantized for n in self.seen}
         resting = {n: self._resting(n, net.get_parameter(f"{n}.weight").data, q) for n, q in start.items()}
         learned = learn_model(net, batches, judges, resting, start, grids, self._settings())

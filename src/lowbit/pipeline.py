@@ -36,6 +36,7 @@ from lowbit.model.load import (
 from lowbit.model.rotate import rotate
 from lowbit.model.stream import probe
 from lowbit.model.walk import find_blocks
+from lowbit.parking import parking_in
 from lowbit.preflight import check_disk, make_plan
 from lowbit.recipe import Recipe
 from lowbit.scheme import Scheme
@@ -103,7 +104,7 @@ def quantize(
     work = Work(output, identity, resume=resume, force=force)
     layout = format_for(plan.schemes.values(), own_layout=METHODS[method.rounding].own_layout)
     job = Job(net, source, blocks, plan, recipe, work, layout, torch.get_num_threads(), frugal)
-    with using(workers):
+    with using(workers), parking_in(work.activations.parent if frugal else None):
         layers = job.run(calibration)
     document = document_of(output, recipe, layers, time.perf_counter() - start, 8 * checkpoint.dtype.itemsize)
     if recipe.kv_scheme is not None:

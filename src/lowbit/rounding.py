@@ -84,14 +84,18 @@ class _Matrix:
     def of(
         weights: Mapping[str, Tensor], grid: TensorScheme, scale_dtype: torch.dtype, goals: Mapping[str, Tensor] | None
     ) -> "_Matrix":
-        stacked = torch.cat(list(weights.values()))
-        goal = torch.cat([goals[name] for name in weights]) if goals else stacked
+        stacked = _joined(list(weights.values()))
+        goal = _joined([goals[name] for name in weights]) if goals else stacked
         return _Matrix(weights, goal, bool(goals), rtn(stacked, grid, scale_dtype))
 
     @property
     def name(self) -> str:
         """The first linear's."""
         return next(iter(self.weights))
+
+
+def _joined(rows: list[Tensor]) -> Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _judged(
