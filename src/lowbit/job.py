@@ -15,6 +15,7 @@ from lowbit.algorithms.compose import parse_method, settings_of
 from lowbit.algorithms.signround import resting_point
 from lowbit.artifact import Work, disk_errors
 from lowbit.calibration import Calibration
+from lowbit.clipping import inputs_report
 from lowbit.console import note, track
 from lowbit.equalization import Equalized, Equalizer, make_equalizer
 from lowbit.errors import InputError
@@ -169,8 +170,10 @@ class Job:
                     results = self._round(block, name, same, scheme, statistics, correction)
                     if scheme.static and scheme.activation:
                         weights = [self.stored(f"{name}.{n}.weight") for n in same]
-                        scale = static_scale(walk, k, weights, scheme, self.source.checkpoint.dtype)
+                        scale, share = static_scale(walk, k, weights, scheme, self.source.checkpoint.dtype)
                         results = {n: replace(r, input_scale=scale) for n, r in results.items()}
+                        for result in results.values():
+                            result.report.update(inputs_report(share, result.report))
                         grids.update({n: InputGrid(scheme.activation, scale) for n in same if scale is not None})
                     rounded |= results
             if self.recipe.kv_scheme is not None:
