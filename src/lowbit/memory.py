@@ -178,6 +178,16 @@ def give_back(*, thoroughly: bool) -> None:
         trim(0)
 
 
+def return_at_once() -> None:
+    """From now on, memory blocks of a mebibyte and more go back to the system when they are freed. The C library
+    otherwise raises that limit to 32 MB, and keeps each thread's former activations for its next ones."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 1 << 20)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _PIECE = 8  # float32 copies of a piece's weights while it is rounded
 _PROOF = 20  # bytes a weight: two float32 copies of a linear, and what they are made of
 _LEARNING = 6  # weights, latents, values, gradients, the start, the step

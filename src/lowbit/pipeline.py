@@ -26,7 +26,7 @@ from lowbit.formats.choose import format_for
 from lowbit.job import Job
 from lowbit.kv_scales import kv_report
 from lowbit.manifest import document_of, finish_directory, named_twice, versions
-from lowbit.memory import choose_frugal, estimate_memory
+from lowbit.memory import choose_frugal, estimate_memory, give_back, return_at_once
 from lowbit.model.checkpoint import DEMO, Checkpoint, open_checkpoint
 from lowbit.model.load import (
     load_tokenizer,
@@ -78,6 +78,7 @@ def quantize(
     check_disk(plan, output, resume=resume)
     probe(net, source, blocks)
     calibration = find_calibration(checkpoint, recipe)
+    give_back(thoroughly=False)
     memory = estimate_memory(net, blocks, recipe, checkpoint.dtype, torch.get_num_threads(), workers)
     frugal = choose_frugal(memory, max_memory)
     check_disk(plan, output, resume=resume, spilled=memory.spilled if frugal else 0)
@@ -97,6 +98,8 @@ def quantize(
         check_same(output, manifest["identity"], identity)
         clean(output)
         return {**manifest["summary"], "output": str(output), "layers": manifest["layers"]}
+    if frugal:
+        return_at_once()
     method = parse_method(recipe.method)
     if method.rotation is not None:
         turned = rotate(checkpoint, settings_of(method, dict(recipe.set))[method.rotation], recipe.seed)

@@ -113,9 +113,9 @@ def _check_reached(document: dict[str, Any], limit: float | None) -> None:
     if limit is not None and share > limit:
         raise QualityGateError(
             f"{output}: {len(clipped)} of {len(layers)} linears lost the ends of their ranges, the first is "
-            f"{clipped[0]}, and {len(starved)} had no usable calibration data ({share:.0%} together, the limit is {limit:.0%}). What "
-            "was made stays. Calibrate on broader text, choose smaller groups or zero points (-asym), or accept it "
-            "with a higher --max-unreached."
+            f"{clipped[0]}, and {len(starved)} had no usable calibration data ({share:.0%} together, the limit is "
+            f"{limit:.0%}). What was made stays. Calibrate on broader text, choose smaller groups or zero points "
+            "(-asym), or accept it with a higher --max-unreached."
         )
 
 
