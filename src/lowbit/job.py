@@ -208,13 +208,14 @@ class Job:
         goals = {} if correction is None else {f"{name}.{n}": correction.goal(n, weights[f"{name}.{n}"]) for n in same}
         units = {n: Units(self.equalized.columns.get(n), self.equalized.rows.get(n)) for n in weights}
         dtype = self.source.checkpoint.dtype
-        results = round_linears(weights, scheme, statistics, self.recipe, dtype, goals, units)
         by_local = {}
-        for n in same:
-            full = f"{name}.{n}"
-            by_local[n], self.plan.schemes[full] = repair(
-                full, weights[full], scheme, statistics, self.recipe, dtype, results[full]
-            )
+        with disk_errors(self.work.path):  # wide Hessians may wait there
+            results = round_linears(weights, scheme, statistics, self.recipe, dtype, goals, units)
+            for n in same:
+                full = f"{name}.{n}"
+                by_local[n], self.plan.schemes[full] = repair(
+                    full, weights[full], scheme, statistics, self.recipe, dtype, results[full]
+                )
         for local, result in by_local.items():
             if self.equalized.report:
                 result.report["equalization"] = self.equalized.report.get(f"{name}.{local}")

@@ -46,6 +46,12 @@ def test_one_large_weight_at_a_time(architecture: Architecture, name: str, monke
     assert present() == [True, False]
     logits = head(rows)
     assert present() == [False, True]
+    embedding(TOKENS)  # they take turns after all
+    assert present() == [True, True]
+    parts.let_go()
+    assert present() == [False, False]
+    head(embedding(TOKENS))
+    assert present() == [False, True]
     parts.close()
     assert present() == [False, False]
     stored = source.checkpoint

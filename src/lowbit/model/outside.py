@@ -2,7 +2,7 @@
 
 The embeddings and the output head of a large vocabulary are each larger than a block, one is called before the blocks
 and one after them, and calibration never gets to the head. So a large weight out there is loaded when its module is
-called, and let go when another one is. A plain lookup changes no value: its table stays in the dtype it is stored in,
+called, and let go when another one is first called (if it is wanted again after that, both stay). A plain lookup changes no value: its table stays in the dtype it is stored in,
 and the rows that were looked up are converted.
 """
 
@@ -24,7 +24,8 @@ class Outside:
     def __init__(self, model: PreTrainedModel, blocks: Blocks, source: Source, dtype: torch.dtype) -> None:
         self._source, self._dtype = source, dtype
         self._tied = {str(k): str(v) for k, v in model.all_tied_weights_keys.items()}
-        self._present: nn.Module | None = None
+        self._present: set[nn.Module] = set()
+        self._called: set[nn.Module] = set()  # since the last time that everything was let go
         self._handles = []
         large = {
             name: module
@@ -41,22 +42,29 @@ class Outside:
                 self._handles.append(module.register_forward_hook(lambda _m, _args, rows: rows.to(dtype)))
 
     def let_go(self) -> None:
-        """Of the large weight that was used last."""
-        if self._present is not None:
-            _set(self._present, self._present.get_parameter("weight").to("meta"))
-            self._present = None
+        """Of all large weights."""
+        self._release()
+        self._called.clear()
 
     def close(self) -> None:
         self.let_go()
         for handle in self._handles:
             handle.remove()
 
+    def _release(self) -> None:
+        for module in self._present:
+            _set(module, module.get_parameter("weight").to("meta"))
+        self._present.clear()
+
     def _enter(self, name: str) -> Any:
         def hook(module: nn.Module, _args: tuple[Any, ...]) -> None:
-            if module is not self._present:
-                self.let_go()
-                _set(module, self._weight(name, module))
-                self._present = module
+            if module in self._present:
+                return
+            if module not in self._called:
+                self._release()
+            _set(module, self._weight(name, module))
+            self._present.add(module)
+            self._called.add(module)
 
         return hook
 
