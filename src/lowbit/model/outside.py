@@ -2,8 +2,8 @@
 
 The embeddings and the output head of a large vocabulary are each larger than a block, one is called before the blocks
 and one after them, and calibration never gets to the head. So a large weight out there is loaded when its module is
-called, and let go when another one is first called (if it is wanted again after that, both stay). A plain lookup changes no value: its table stays in the dtype it is stored in,
-and the rows that were looked up are converted.
+called, and let go when another one is first called (if it is wanted again after that, both stay). A plain lookup
+changes no value: its table stays in the dtype it is stored in, and the rows that were looked up are converted.
 """
 
 from typing import Any
