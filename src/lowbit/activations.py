@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from lowbit.clipping import clipped_inputs
 from lowbit.model.lockstep import Walk
 from lowbit.model.walk import Entry
 from lowbit.numerics import fake_quantize_activation, storable
@@ -27,9 +28,11 @@ _FRACTIONS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2)
 _SAMPLE_ROWS = 4096
 
 
-def static_scale(walk: Walk, k: int, weights: Sequence[Tensor], scheme: Scheme, dtype: torch.dtype) -> Tensor | None:
-    """The scale [1], in its storage dtype, of the k-th group's input, which linears with `weights` (out_i, in) read;
-    None if no calibration token reached it."""
+def static_scale(
+    walk: Walk, k: int, weights: Sequence[Tensor], scheme: Scheme, dtype: torch.dtype
+) -> tuple[Tensor | None, float]:
+    """The scale [1], in its storage dtype, of the k-th group's input, which linears with `weights` (out_i, in) read,
+    and the share of the input that it clips; None if no calibration token reached it."""
     assert scheme.activation is not None
     width = weights[0].shape[1]
 
@@ -45,9 +48,11 @@ def static_scale(walk: Walk, k: int, weights: Sequence[Tensor], scheme: Scheme, 
     for share in walk.collect(k, gather):
         total.merge(share)
     if total.rows == 0:
-        return None
+        return None, 0.0
     importance = torch.stack([w.float().square().sum(0) for w in weights]).sum(0)
-    return search_static_scale(total.sample, float(total.absmax.max()), importance, scheme.activation, dtype)
+    sample = total.sample
+    scale = search_static_scale(sample, float(total.absmax.max()), importance, scheme.activation, dtype)
+    return scale, clipped_inputs(sample, scheme.activation, scale)
 
 
 def search_static_scale(

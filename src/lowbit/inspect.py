@@ -47,6 +47,7 @@ def inspect(path: str | Path) -> dict[str, Any]:
             "bits_per_weight": manifest["summary"]["bits_per_weight"],
             "layers": sorted(layers, key=lambda r: -(r.get("relative_error") or 0)),
             "fallbacks": [r["name"] for r in layers if r["fallback"]],
+            "alarms": [f"{r['name']}: {r['alarm']}" for r in layers if r.get("alarm")],
         }
     return document
 

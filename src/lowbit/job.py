@@ -15,6 +15,7 @@ from lowbit.algorithms.compose import parse_method, settings_of
 from lowbit.algorithms.signround import resting_point
 from lowbit.artifact import Work, disk_errors
 from lowbit.calibration import Calibration
+from lowbit.clipping import inputs_report
 from lowbit.console import note, track
 from lowbit.equalization import Equalized, Equalizer, make_equalizer
 from lowbit.errors import InputError
@@ -24,18 +25,18 @@ from lowbit.kv_scales import block_scales
 from lowbit.learning import Learned, learn_block, learn_model, say
 from lowbit.losses import Statistics, Units
 from lowbit.manifest import shard_name
-from lowbit.memory import BATCH, give_back
+from lowbit.memory import give_back, windows_at_once
 from lowbit.model.checkpoint import read_header
 from lowbit.model.load import (
     Source,
     compute_buffers,
     compute_dtype,
     materialize,
-    materialize_outside,
     release,
 )
 from lowbit.model.lockstep import Walk
 from lowbit.model.original import Correction, Original
+from lowbit.model.outside import Outside
 from lowbit.model.walk import Blocks, Entry, capture_entries, input_groups, linears
 from lowbit.preflight import Plan
 from lowbit.recipe import Recipe
@@ -64,6 +65,11 @@ class Job:
     equalized: Equalized = field(default_factory=Equalized)
     seen: dict[str, Statistics] = field(default_factory=dict)  # by full name, of linears that are still being learned
     kv_scales: dict[str, Tensor] = field(default_factory=dict)  # of the present block, by the files' names
+
+    @property
+    def batch(self) -> int:
+        """Calibration windows that pass a block together."""
+        return windows_at_once(self.net, self.blocks, self.recipe.seq_len)
 
     def stored(self, name: str) -> Tensor:
         """A tensor as it is to be quantized or copied."""
@@ -114,13 +120,14 @@ class Job:
 
     def _enter(self, calibration: Calibration, dtype: torch.dtype) -> tuple[list[Entry], Equalizer | None]:
         """The batches in front of the first block, and what a method that equalizes needs to know of the model."""
-        materialize_outside(self.net, self.blocks, self.source, dtype)
+        outside = Outside(self.net, self.blocks, self.source, dtype)
         materialize(self.net, self.blocks.names[0], self.source, dtype)
         file = self.work.activations if self.frugal else None
         with disk_errors(self.work.path):
-            entries = capture_entries(self.net, self.blocks, calibration.tokens.split(BATCH), file)
+            entries = capture_entries(self.net, self.blocks, calibration.tokens.split(self.batch), file)
         storage, tokens = self.source.checkpoint.dtype, calibration.tokens
         equalizer = make_equalizer(self.net, self.blocks, tokens, self.recipe, storage, self.threads)
+        outside.close()
         release(self.net)
         compute_buffers(self.net)
         for entry in entries[len(entries) - max(len(entries) // HELD_OUT, 1 if len(entries) > 1 else 0) :]:
@@ -163,8 +170,10 @@ class Job:
                     results = self._round(block, name, same, scheme, statistics, correction)
                     if scheme.static and scheme.activation:
                         weights = [self.stored(f"{name}.{n}.weight") for n in same]
-                        scale = static_scale(walk, k, weights, scheme, self.source.checkpoint.dtype)
+                        scale, share = static_scale(walk, k, weights, scheme, self.source.checkpoint.dtype)
                         results = {n: replace(r, input_scale=scale) for n, r in results.items()}
+                        for result in results.values():
+                            result.report.update(inputs_report(share, result.report))
                         grids.update({n: InputGrid(scheme.activation, scale) for n in same if scale is not None})
                     rounded |= results
             if self.recipe.kv_scheme is not None:
@@ -199,13 +208,14 @@ class Job:
         goals = {} if correction is None else {f"{name}.{n}": correction.goal(n, weights[f"{name}.{n}"]) for n in same}
         units = {n: Units(self.equalized.columns.get(n), self.equalized.rows.get(n)) for n in weights}
         dtype = self.source.checkpoint.dtype
-        results = round_linears(weights, scheme, statistics, self.recipe, dtype, goals, units)
         by_local = {}
-        for n in same:
-            full = f"{name}.{n}"
-            by_local[n], self.plan.schemes[full] = repair(
-                full, weights[full], scheme, statistics, self.recipe, dtype, results[full]
-            )
+        with disk_errors(self.work.path):  # wide Hessians may wait there
+            results = round_linears(weights, scheme, statistics, self.recipe, dtype, goals, units)
+            for n in same:
+                full = f"{name}.{n}"
+                by_local[n], self.plan.schemes[full] = repair(
+                    full, weights[full], scheme, statistics, self.recipe, dtype, results[full]
+                )
         for local, result in by_local.items():
             if self.equalized.report:
                 result.report["equalization"] = self.equalized.report.get(f"{name}.{local}")
@@ -250,7 +260,7 @@ class Job:
             found |= {f"{name}.{n}": r for n, r in rounded.items()}
         schemes = {n: self.plan.schemes[n].activation for n in self.seen}
         grids = {n: InputGrid(a, found[n].input_scale) for n, a in schemes.items() if a is not None}
-        batches, judges = list(calibration.tokens.split(BATCH)), [i for i, held in enumerate(held_out) if held]
+        batches, judges = list(calibration.tokens.split(self.batch)), [i for i, held in enumerate(held_out) if held]
         start = {n: found[n].quantized for n in self.seen}
         resting = {n: self._resting(n, net.get_parameter(f"{n}.weight").data, q) for n, q in start.items()}
         learned = learn_model(net, batches, judges, resting, start, grids, self._settings())

@@ -21,7 +21,6 @@ from torch.func import functional_call
 from lowbit.algorithms.signround import Latent, SignRoundSettings, learn
 from lowbit.console import note
 from lowbit.errors import InputError
-from lowbit.memory import BATCH
 from lowbit.model.fold import float32_copy, float32_entry
 from lowbit.model.load import compute_dtype
 from lowbit.model.walk import Entry
@@ -93,7 +92,7 @@ def learn_model(
         return (truth.exp() * (truth - own)).sum(-1).mean()
 
     train = [i for i in range(len(batches)) if i not in held_out]
-    per_step = max(settings.batch_size // BATCH, 1)
+    per_step = max(settings.batch_size // len(batches[0]), 1)
     return _learn(loss, train, held_out or train, per_step, resting, start, settings)
 
 

@@ -1,8 +1,9 @@
 """What rounding a linear costs at its output.
 
 An error E = W - Ŵ costs  mean over outputs of e H eᵀ,  H = E[x xᵀ] over the calibration rows. `Statistics` are the
-Hessians of one input: one feeds the method, one of held-out windows only judges it. `Units` keep losses comparable
-where an equalization has changed the weights: they are the original model's.
+Hessians of one input: one feeds the method, one of held-out windows only judges it. Of a wide input there is one
+Hessian alone, which all threads add to in turn, and rows of the held-out windows instead of theirs. `Units` keep losses
+comparable where an equalization has changed the weights: they are the original model's.
 """
 
 from collections.abc import Iterator
@@ -14,8 +15,9 @@ from torch import Tensor
 from lowbit.algorithms.rtn import rtn
 from lowbit.model.lockstep import Walk
 from lowbit.model.walk import Entry
+from lowbit.parking import WIDE
 from lowbit.scheme import TensorScheme
-from lowbit.stats import Hessian, quadratic_losses
+from lowbit.stats import Hessian, Rows, quadratic_losses
 from lowbit.tensor import QuantizedTensor, rows_at_once
 
 
@@ -24,36 +26,44 @@ class Statistics:
     """Of one input: what the method sees, and what judges it."""
 
     train: Hessian
-    held_out: Hessian
+    held_out: Hessian | Rows
 
     @staticmethod
     def empty(width: int) -> "Statistics":
-        return Statistics(Hessian(width), Hessian(width))
+        return Statistics(Hessian(width), Rows(width) if width >= WIDE else Hessian(width))
+
+    def update(self, entry: Entry, x: Tensor) -> None:
+        (self.held_out if entry.held_out else self.train).update(x)
 
     @staticmethod
     def collect(walk: Walk, k: int, width: int) -> "Statistics":
         """Of the k-th input group of the block that `walk` goes through."""
 
-        def gather(inputs: Iterator[tuple[Entry, Tensor]]) -> Statistics:
-            share = Statistics.empty(width)
+        if width >= WIDE:
+            total = Statistics.empty(width)
+            walk.in_turn(k, total.update)
+            return total
+
+        def gather(inputs: Iterator[tuple[Entry, Tensor]]) -> tuple[Hessian, Hessian]:
+            train, held_out = Hessian(width), Hessian(width)
             for entry, x in inputs:
-                (share.held_out if entry.held_out else share.train).update(x)
-            return share
+                (held_out if entry.held_out else train).update(x)
+            return train, held_out
 
         shares = walk.collect(k, gather)
-        total = shares.pop(0)
-        while shares:
-            share = shares.pop(0)  # and let go of it
-            total.train.merge(share.train)
-            total.held_out.merge(share.held_out)
-        return total
+        train, held_out = shares.pop(0)
+        for more, apart in shares:
+            train.merge(more)
+            held_out.merge(apart)
+        return Statistics(train, held_out)
 
     def loss(self, error: Tensor) -> tuple[float, float | None]:
         """(loss under all calibration rows, loss under the held-out ones if there are any) of an error (out, in)."""
         parts = [h for h in (self.train, self.held_out) if h.rows]
         if not parts:
             return 0.0, None
-        losses = quadratic_losses(error, *(h.mean() for h in parts))
+        losses = quadratic_losses(error, *(h.mean() for h in parts if isinstance(h, Hessian)))
+        losses += [h.loss(error) for h in parts if isinstance(h, Rows)]
         every = sum(loss * h.rows for loss, h in zip(losses, parts, strict=True)) / sum(h.rows for h in parts)
         return every, losses[-1] if self.held_out.rows else None
 

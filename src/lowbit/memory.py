@@ -2,13 +2,14 @@
 
 The process never holds the model. At any time it holds one of
 
-    entering    embeddings, head and first block in the compute dtype; hidden states of all calibration batches
+    entering    embeddings and first block; hidden states of all calibration batches
     a block     its weights; the Hessians of one input group and what rounding makes of the group; hidden states, and
                 what each batch has computed so far in the block
-    proving     embeddings, head and one block in float32, at the beginning and at the end
+    proving     one block or the head in float32, at the beginning and at the end
 
-and the peak is the largest, above what the process had before. Where that is more than there is, hidden states go to
-a mapped file and each batch is computed anew for every input group (`Recompute`): slower, with the same result.
+and the peak is the largest, above what the process had before. Where that is more than there is, or activations are
+much of it, hidden states go to a mapped file, each batch is computed anew for every input group (`Recompute`), and
+wide Hessians wait on disk while their factor is used (`Parked`): a little slower, with the same result.
 """
 
 import ctypes
@@ -26,11 +27,16 @@ from lowbit.algorithms.compose import parse_method, settings_of
 from lowbit.console import note
 from lowbit.errors import InputError
 from lowbit.model.load import compute_dtype
+from lowbit.model.outside import LARGE
 from lowbit.model.walk import Blocks, linears
+from lowbit.parking import WIDE
 from lowbit.recipe import Recipe
 from lowbit.tensor import rows_at_once
 
-BATCH = 4  # windows a batch: the activations of a small model stay in the cache
+BATCH = 4  # windows a batch at most
+_CACHE = 8 << 20  # bytes: a batch's widest activations stay in the cache
+_WORTH_SPILLING = 256e6  # bytes of activations in memory
+_FEW_GROUPS = 8  # so often may a batch be computed anew without being asked to
 
 
 @dataclass(frozen=True)
@@ -44,6 +50,8 @@ class Memory:
     proof: int
     activations: int
     spilled: int = 0
+    parked: int = 0  # what `block` has in wide matrices that can wait on disk
+    spills: bool = False  # whether the block is short enough to be computed anew for each group
 
     @property
     def peak(self) -> int:
@@ -51,8 +59,19 @@ class Memory:
 
     @property
     def least(self) -> int:
-        """The peak with activations on disk."""
-        return self.base + max(self.outside, self.block, self.proof)
+        """The peak with activations and waiting matrices on disk."""
+        return self.base + max(self.outside, self.block - self.parked, self.proof)
+
+    @property
+    def pays(self) -> bool:
+        """Whether the disk takes enough for its price, a second forward pass or two of each block."""
+        return self.spills and self.activations > _WORTH_SPILLING and self.peak > 1.2 * self.least
+
+
+def windows_at_once(model: PreTrainedModel, blocks: Blocks, seq_len: int) -> int:
+    """Calibration windows that pass a block together: few enough that their activations stay in the cache."""
+    widest = max((m.in_features for m in linears(model.get_submodule(blocks.names[0])).values()), default=1)
+    return max(1, min(BATCH, _CACHE // (seq_len * widest * compute_dtype().itemsize)))
 
 
 def estimate_memory(
@@ -63,7 +82,6 @@ def estimate_memory(
     parameters = {n: p.numel() for n, p in model.named_parameters()}
     by_block = [sum(v for n, v in parameters.items() if n.startswith(b + ".")) for b in blocks.names]
     largest = max(by_block)
-    outside = sum(parameters.values()) - sum(by_block)
     block = model.get_submodule(blocks.names[by_block.index(largest)])
     modules = linears(block)
     inner = max(m.in_features for m in modules.values())
@@ -73,25 +91,32 @@ def estimate_memory(
     needed = parse_method(recipe.method).needs_calibration or recipe.stores_kv_scales
     calibrates = needed or recipe.calibration is not None
     tokens = recipe.samples * recipe.seq_len if calibrates else 0
-    passing = threads * BATCH * recipe.seq_len * 4 * inner * size if calibrates else 0
-    working = max(
-        _group(rows, width, stored.itemsize, calibrates, threads, workers) for rows, width in inputs_of(block)
-    )
+    batch = windows_at_once(model, blocks, recipe.seq_len) * recipe.seq_len
+    passing = threads * batch * 4 * inner * size if calibrates else 0
+    groups = [_Group(rows, width, stored.itemsize, size, calibrates, batch) for rows, width in inputs_of(block)]
+    working = max(max(g.collecting(threads, passing), g.rounding(workers)) for g in groups)
+    parked = working - max(max(g.collecting(threads, passing), g.rounding(workers) - g.factor) for g in groups)
     one = max(m.weight.numel() for m in modules.values())
-    proving = largest + one * _PROOF  # the block's codes, and one linear read back from its file beside them
+    proving = one * _PROOF  # one linear read back from its file, beside the block's codes
     composition = parse_method(recipe.method)
     settings = settings_of(composition, dict(recipe.set))[composition.rounding]
     learns = settings.scope if METHODS[composition.rounding].learns else None
     graphs = passing * _GRAPH * len(blocks.names)
     whole = sum(parameters.values()) * _LEARNING * 4 + graphs if learns == "model" else 0
     taught = largest * _LEARNING * 4 + passing * _GRAPH if learns == "block" else 0
+    outside = [v for n, v in parameters.items() if not n.startswith(blocks.name + ".")]
+    table = max((v for v in outside if v >= LARGE), default=0)
+    small = sum(v for v in outside if v < LARGE)
+    held = largest * size + largest  # the weights, and the codes that become of them
     return Memory(
         base=psutil.Process().memory_info().rss,
-        outside=(outside + largest) * size + tokens * hidden * size,
-        block=largest * size + max(working, passing, proving, taught),
-        proof=max((outside + largest) * 4, whole),
+        outside=(small + table + largest) * size + tokens * hidden * size,
+        block=held + max(working, proving, taught),
+        proof=max(small * 4 + max(table * stored.itemsize + largest * 4, table * (stored.itemsize + 4)), whole),
         activations=tokens * size * (2 * hidden + inner),
-        spilled=tokens * hidden * size,
+        spilled=tokens * hidden * size + parked,
+        parked=parked if max(working, proving, taught) == working else 0,
+        spills=len(groups) <= _FEW_GROUPS and learns is None,
     )
 
 
@@ -104,12 +129,43 @@ def inputs_of(block: nn.Module) -> list[tuple[int, int]]:
     return [(n, width) for (_, width), n in rows.items()]
 
 
-def _group(rows: int, width: int, stored: int, calibrates: bool, threads: int, workers: int) -> int:
-    """Collecting an input's statistics (a Hessian a thread, and the held-out one), then rounding what reads it: two
-    Hessians and a factor; the weights twice and their codes twice; what pieces of the rows are worked on with."""
-    square = width * width * 4 if calibrates else 0
-    pieces = min(rows, rows_at_once(width)) * width * 4 * _PIECE * workers
-    return max((threads + 1) * square, 3 * square + rows * width * (2 * stored + 2) + pieces)
+@dataclass(frozen=True)
+class _Group:
+    """An input that linears of `rows` outputs together read: what looking at it takes, and what rounding them takes."""
+
+    rows: int
+    width: int
+    stored: int  # bytes a weight
+    size: int  # bytes a value that passes
+    calibrates: bool
+    batch: int  # tokens
+
+    @property
+    def wide(self) -> bool:
+        return self.width >= WIDE
+
+    @property
+    def square(self) -> int:
+        return self.width * self.width * 4 if self.calibrates else 0
+
+    @property
+    def factor(self) -> int:
+        """What a file can take while it is not needed."""
+        return self.square if self.wide else 0
+
+    @property
+    def judging(self) -> int:
+        """The held-out windows' Hessian, or of a wide input their rows."""
+        return self.batch * self.width * self.size if self.wide and self.calibrates else self.square
+
+    def collecting(self, threads: int, passing: int) -> int:
+        return (1 if self.wide else threads) * self.square + self.judging + passing
+
+    def rounding(self, workers: int) -> int:
+        """The Hessians and a factor; the weights (twice, where several make one matrix) and two kinds of codes; what
+        pieces of the rows are worked on with."""
+        pieces = min(self.rows, rows_at_once(self.width)) * self.width * 4 * _PIECE * workers
+        return 2 * self.square + self.judging + self.rows * self.width * (2 * self.stored + 2) + pieces
 
 
 def give_back(*, thoroughly: bool) -> None:
@@ -122,6 +178,16 @@ def give_back(*, thoroughly: bool) -> None:
         trim(0)
 
 
+def return_at_once() -> None:
+    """From now on, memory blocks of a mebibyte and more go back to the system when they are freed. The C library
+    otherwise raises that limit to 32 MB, and keeps each thread's former activations for its next ones."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
+    if mallopt is not None:
+        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
+        mallopt(_M_TRIM_THRESHOLD, 1 << 20)
+
+
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _PIECE = 8  # float32 copies of a piece's weights while it is rounded
 _PROOF = 20  # bytes a weight: two float32 copies of a linear, and what they are made of
 _LEARNING = 6  # weights, latents, values, gradients, the start, the step
@@ -145,7 +211,9 @@ def choose_frugal(memory: Memory, limit: int | None) -> bool:
             f"--max-memory {limit / 1e6:.0f} MB: the largest piece of this model needs about "
             f"{memory.least / 1e6:.0f} MB. Allow that much; the rest of the model is never in memory."
         )
-    frugal = memory.peak > limit
-    if frugal:
+    if memory.peak > limit:
         note(f"activations are kept on disk: {memory.peak / 1e6:.0f} MB would be needed, {limit / 1e6:.0f} MB allowed")
-    return frugal
+    elif memory.pays and not asked:
+        note(f"activations are kept on disk: {memory.least / 1e6:.0f} MB are needed instead of {memory.peak / 1e6:.0f}")
+        return True
+    return memory.peak > limit

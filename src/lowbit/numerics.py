@@ -125,6 +125,23 @@ def grid_value(codes: Tensor, scale: Tensor, zero_point: Tensor | None, table: T
     return values * scale
 
 
+def beyond_grid(
+    x: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: TensorScheme, table: Tensor | None = None
+) -> Tensor:
+    """Which entries of x (out, in) lie more than a step beyond the ends of their grid, under scale and zero_point
+    (out/r, in/c); bool (out, in). Not for lattices."""
+    y = (_tiles(x.float(), scheme) / _spread(scale.float())).reshape(x.shape)
+    if zero_point is not None:
+        y = (y.reshape(_tiles(x, scheme).shape) + _spread(zero_point.float())).reshape(x.shape)
+    table = fixed_table(scheme) if table is None else table
+    if table is not None:
+        levels = table.float()
+        low, second, before, high = (levels[..., i, None] for i in (0, 1, -2, -1))
+        return (y < 2 * low - second) | (y > 2 * high - before)
+    step = 32.0 if scheme.kind == "float" else 1.0  # between FP8's last two values
+    return (y < scheme.qmin - step) | (y > scheme.qmax + step)
+
+
 def nearest_value(
     x: Tensor, scale: Tensor, zero_point: Tensor | None, scheme: TensorScheme, table: Tensor | None = None
 ) -> Tensor:

@@ -26,7 +26,7 @@ from lowbit.formats.choose import format_for
 from lowbit.job import Job
 from lowbit.kv_scales import kv_report
 from lowbit.manifest import document_of, finish_directory, named_twice, versions
-from lowbit.memory import choose_frugal, estimate_memory
+from lowbit.memory import choose_frugal, estimate_memory, give_back, return_at_once
 from lowbit.model.checkpoint import DEMO, Checkpoint, open_checkpoint
 from lowbit.model.load import (
     load_tokenizer,
@@ -36,6 +36,7 @@ from lowbit.model.load import (
 from lowbit.model.rotate import rotate
 from lowbit.model.stream import probe
 from lowbit.model.walk import find_blocks
+from lowbit.parking import parking_in
 from lowbit.preflight import check_disk, make_plan
 from lowbit.recipe import Recipe
 from lowbit.scheme import Scheme
@@ -77,6 +78,7 @@ def quantize(
     check_disk(plan, output, resume=resume)
     probe(net, source, blocks)
     calibration = find_calibration(checkpoint, recipe)
+    give_back(thoroughly=False)
     memory = estimate_memory(net, blocks, recipe, checkpoint.dtype, torch.get_num_threads(), workers)
     frugal = choose_frugal(memory, max_memory)
     check_disk(plan, output, resume=resume, spilled=memory.spilled if frugal else 0)
@@ -96,6 +98,8 @@ def quantize(
         check_same(output, manifest["identity"], identity)
         clean(output)
         return {**manifest["summary"], "output": str(output), "layers": manifest["layers"]}
+    if frugal:
+        return_at_once()
     method = parse_method(recipe.method)
     if method.rotation is not None:
         turned = rotate(checkpoint, settings_of(method, dict(recipe.set))[method.rotation], recipe.seed)
@@ -103,7 +107,7 @@ def quantize(
     work = Work(output, identity, resume=resume, force=force)
     layout = format_for(plan.schemes.values(), own_layout=METHODS[method.rounding].own_layout)
     job = Job(net, source, blocks, plan, recipe, work, layout, torch.get_num_threads(), frugal)
-    with using(workers):
+    with using(workers), parking_in(work.activations.parent if frugal else None):
         layers = job.run(calibration)
     document = document_of(output, recipe, layers, time.perf_counter() - start, 8 * checkpoint.dtype.itemsize)
     if recipe.kv_scheme is not None:

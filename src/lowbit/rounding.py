@@ -18,6 +18,7 @@ from lowbit.algorithms import METHODS
 from lowbit.algorithms.awq import clipped_rtn
 from lowbit.algorithms.compose import parse_method, settings_of
 from lowbit.algorithms.rtn import rtn
+from lowbit.clipping import weights_report
 from lowbit.errors import InputError
 from lowbit.formats.compressed_tensors import code_bits
 from lowbit.losses import Statistics, Units, output_loss
@@ -84,14 +85,18 @@ class _Matrix:
     def of(
         weights: Mapping[str, Tensor], grid: TensorScheme, scale_dtype: torch.dtype, goals: Mapping[str, Tensor] | None
     ) -> "_Matrix":
-        stacked = torch.cat(list(weights.values()))
-        goal = torch.cat([goals[name] for name in weights]) if goals else stacked
+        stacked = _joined(list(weights.values()))
+        goal = _joined([goals[name] for name in weights]) if goals else stacked
         return _Matrix(weights, goal, bool(goals), rtn(stacked, grid, scale_dtype))
 
     @property
     def name(self) -> str:
         """The first linear's."""
         return next(iter(self.weights))
+
+
+def _joined(rows: list[Tensor]) -> Tensor:
+    return rows[0] if len(rows) == 1 else torch.cat(rows)
 
 
 def _judged(
@@ -133,6 +138,7 @@ def _judged(
             loss_rtn = loss_plain if unit.original else statistics.loss(unit.plain_error(weight, grid, scale_dtype))[0]
             signal, _ = output_loss(statistics, weight, None, unit)
             relative = (loss / signal) ** 0.5 if signal > 0 else 0.0
+        clipping = weights_report(target, chosen)
         report = {
             "name": name,
             "scheme": str(scheme),
@@ -145,7 +151,7 @@ def _judged(
             "fallback": reason,
             "rotated": chosen.rotation is not None,
         }
-        rounded[name] = Rounded(chosen, report | notes)
+        rounded[name] = Rounded(chosen, report | clipping | notes)
     return rounded
 
 
@@ -161,7 +167,7 @@ def replaced(
     loss, _ = statistics.loss(unit.scaled(weight.float() - quantized.dequantize()))
     signal, _ = statistics.loss(unit.scaled(weight.float()))
     relative = (loss / signal) ** 0.5 if signal > 0 else 0.0
-    report = first.report | {"loss": loss, "relative_error": relative} | noted
+    report = first.report | {"loss": loss, "relative_error": relative} | weights_report(weight, quantized) | noted
     return Rounded(quantized, report, first.input_scale)
 
 
@@ -182,7 +188,7 @@ def round_plain(name: str, weight: Tensor, scheme: Scheme, scale_dtype: torch.dt
         "fallback": None,
         "rotated": False,
     }
-    return Rounded(quantized, report)
+    return Rounded(quantized, report | weights_report(weight, quantized))
 
 
 def _clips(recipe: Recipe) -> bool:
@@ -237,4 +243,5 @@ def block_line(name: str, report: list[dict[str, Any]], seconds: float) -> str:
     others = [f"{r['name']}: {r['fallback']}" for r in report if r["fallback"] and r["fallback"] != UNREACHED]
     if unreached:
         others.append(f"{len(unreached)} linears were reached by no calibration token ({unreached[0]}, ...): rtn")
+    others += [f"alarm: {r['name']}: {r['alarm']}" for r in report if r.get("alarm")]
     return "\n  ".join([text, *others])

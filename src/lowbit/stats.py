@@ -8,6 +8,7 @@ from torch import Tensor
 from lowbit.kernels.ops import add_gram
 
 _CHUNK_ROWS = 2048
+_LOSS_ROWS = 256
 _TILE = 128
 
 
@@ -60,6 +61,48 @@ class Hessian:
                 self.sum[tile, tile] = diagonal + torch.tril(diagonal, -1).T
                 self.sum[:i, tile] = self.sum[tile, :i].T
         return self.sum
+
+
+@dataclass
+class Rows:
+    """The rows x of an input themselves, for  mean (e x)² = e H eᵀ  where H would be many times as large.
+
+    At most in / 2 of them are kept, the first ones: more would take longer to multiply with than H does. Rows that are
+    not finite are counted and left out.
+    """
+
+    width: int
+    rows: int = 0
+    bad_rows: int = 0
+
+    def __post_init__(self) -> None:
+        self.kept: list[Tensor] = []
+
+    def update(self, x: Tensor) -> None:
+        """x (..., in), any float dtype."""
+        rows = x.reshape(-1, self.width)
+        finite = torch.isfinite(rows.sum(1, dtype=torch.float32))
+        self.bad_rows += int((~finite).sum())
+        self.rows += int(finite.sum())
+        self._keep(rows[finite])
+
+    def merge(self, other: "Rows") -> None:
+        """Add what `other` has seen."""
+        self.rows += other.rows
+        self.bad_rows += other.bad_rows
+        for kept in other.kept:
+            self._keep(kept)
+
+    def _keep(self, rows: Tensor) -> None:
+        room = max(self.width // 2, 1) - sum(len(k) for k in self.kept)
+        self.kept.append(rows[: max(room, 0)].clone())
+
+    def loss(self, error: Tensor) -> float:
+        """mean over output channels and rows of (e x)², for error (out, in)."""
+        E, total = error.float(), 0.0
+        for chunk in torch.cat(self.kept).split(_LOSS_ROWS):
+            total += float((E @ chunk.float().T).square().sum(dtype=torch.float64))
+        return total / len(E) / sum(len(k) for k in self.kept)
 
 
 def quadratic_losses(error: Tensor, *hessians: Tensor) -> list[float]:

@@ -26,6 +26,7 @@ from torch import Tensor
 from lowbit.algorithms.any4 import learn_table
 from lowbit.algorithms.scale_search import search_qparams
 from lowbit.numerics import choose_qparams, nearest_value, quantize, storable, tensor_scale_of
+from lowbit.parking import Parked
 from lowbit.scheme import TensorScheme
 from lowbit.tensor import QuantizedTensor, join_rows, row_pieces
 from lowbit.workers import side_by_side
@@ -55,27 +56,34 @@ def gptq(
     tensor_scale = tensor_scale_of(weight, scheme)
     H = alive(hessian.float())
     order = column_order(H.diagonal(), scheme, settings.desc_act)
-    U, used = inverse_cholesky(H, settings.dampening_frac, order)
 
-    def some(rows: Tensor) -> QuantizedTensor:
-        rows = rows.float() if tensor_scale is None else rows.float() * tensor_scale
-        result = feedback(rows, H, U, order, scheme, settings, scale_dtype)
+    def scaled(rows: Tensor) -> Tensor:
+        return rows.float() if tensor_scale is None else rows.float() * tensor_scale
+
+    def first(rows: Tensor, U: Tensor, diagonal: Tensor) -> QuantizedTensor:
+        return feedback(scaled(rows), diagonal, U, order, scheme, settings, scale_dtype)
+
+    def better(rows: Tensor, result: QuantizedTensor) -> QuantizedTensor:
         for _ in range(settings.sweeps):
-            result = refine(rows, result, H)
-        return replace(result, tensor_scale=tensor_scale)
+            result = refine(scaled(rows), result, H)
+        return result
 
-    return by_rows(some, weight, scheme), used
-
-
-def by_rows(work: Callable[[Tensor], QuantizedTensor], weight: Tensor, scheme: TensorScheme) -> QuantizedTensor:
-    """`work` on pieces of the rows of weight (out, in), side by side. The rows' codes do not depend on each other;
-    only a scale of the whole tensor does."""
-    return join_rows(side_by_side([partial(work, piece) for piece in row_pieces(weight, scheme)]))
+    pieces = row_pieces(weight, scheme)  # their codes do not depend on each other's
+    parked = Parked(H)  # H and U need not be in memory together
+    try:
+        U, used = _factor(partial(parked.permuted, order), parked.diagonal, settings.dampening_frac)
+        results = side_by_side([partial(first, piece, U, parked.diagonal) for piece in pieces])
+        del U
+    finally:
+        parked.back()
+    if settings.sweeps:
+        results = side_by_side([partial(better, *pair) for pair in zip(pieces, results, strict=True)])
+    return replace(join_rows(results), tensor_scale=tensor_scale), used
 
 
 def feedback(
     weight: Tensor,
-    H: Tensor,
+    diagonal: Tensor,
     U: Tensor,
     order: Tensor,
     scheme: TensorScheme,
@@ -83,16 +91,17 @@ def feedback(
     scale_dtype: torch.dtype,
 ) -> QuantizedTensor:
     """Column by column in `order`: round weight (out, in) float32 and let later columns repair the damage. U (in, in)
-    is of the Hessian in that order. Columns are worked on as rows of a transposed block, to lie in one piece."""
+    is of the Hessian in that order, `diagonal` (in,) the Hessian's own. Columns are worked on as rows of a transposed
+    block, to lie in one piece."""
     W = weight
     grouped = (
         scheme.granularity == "group" and scheme.kind != "learned"
     )  # a table is learned for the scales as they are
     if settings.scale_search and not grouped:
-        scale, zero = search_qparams(W, scheme, H.diagonal(), scale_dtype)
+        scale, zero = search_qparams(W, scheme, diagonal, scale_dtype)
     else:  # a group's scale is searched when its first column is reached
         scale, zero = choose_qparams(W, scheme, scale_dtype)
-    table = learn_table(W, scale, scheme, H.diagonal()) if scheme.kind == "learned" else None
+    table = learn_table(W, scale, scheme, diagonal) if scheme.kind == "learned" else None
     grid = Columns(scale, zero, scheme, W.shape, table)
     width = scheme.group_size if grouped else 1
     block = max(settings.block_size // width, 1) * width  # lazy blocks hold whole groups
@@ -118,7 +127,7 @@ def feedback(
 
 def alive(H: Tensor) -> Tensor:
     """H with the diagonal of columns that no token reached set to the mean of the others, so they stand alone."""
-    if not bool(torch.isfinite(H).all()):
+    if not all(bool(torch.isfinite(rows).all()) for rows in H.split(256)):  # of a whole H it makes copies
         raise ValueError("the Hessian has entries that are not finite: the calibration activations overflowed")
     dead = H.diagonal() == 0
     if bool(dead.any()):
@@ -143,10 +152,15 @@ def column_order(diagonal: Tensor, scheme: TensorScheme, desc_act: bool) -> Tens
 def inverse_cholesky(H: Tensor, dampening_frac: float, order: Tensor | None = None) -> tuple[Tensor, float]:
     """Upper U with Uᵀ U = (H + λI)⁻¹, columns and rows in `order`, and the λ / mean(diag H) that made H positive
     definite. All of it happens in one matrix beside H: a wide linear's takes hundreds of megabytes."""
+    return _factor(lambda: H.clone() if order is None else H[order[:, None], order], H.diagonal(), dampening_frac)
+
+
+def _factor(copy: Callable[[], Tensor], diagonal: Tensor, dampening_frac: float) -> tuple[Tensor, float]:
+    """The same, in the place of what `copy` returns: H in the order that is wanted."""
     fraction, failed = dampening_frac, torch.empty((), dtype=torch.int32)
     for _ in range(6):
-        matrix = (H.clone() if order is None else H[order[:, None], order]).T  # symmetric; LAPACK works by columns
-        matrix.diagonal().add_(H.diagonal().mean() * fraction)
+        matrix = copy().T  # symmetric; LAPACK works by columns
+        matrix.diagonal().add_(diagonal.mean() * fraction)
         torch.linalg.cholesky_ex(matrix, out=(matrix, failed))
         if not int(failed):
             torch.cholesky_inverse(matrix, out=matrix)

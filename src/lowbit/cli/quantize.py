@@ -35,7 +35,8 @@ def quantize(
     ] = None,
     recipe: Annotated[Path | None, typer.Option(help="A YAML file with these words, or a lowbit.json.")] = None,
     max_unreached: Annotated[
-        str, typer.Option(metavar="10%", help="Exit 3 if more linears than this got no usable calibration data.")
+        str,
+        typer.Option(metavar="10%", help="Exit 3 if more linears got no usable calibration data or were clipped."),
     ] = "10%",
     repair: Annotated[
         bool, typer.Option("--repair", help="Try linears that lost too much again: damping, zero points, more bits.")
@@ -98,13 +99,23 @@ def _check_reached(document: dict[str, Any], limit: float | None) -> None:
             f"the first: {alarms[0]}. What was made stays. Give more or broader --calibration text, or accept it with "
             "--max-unreached 100%."
         )
-    starved = [r["name"] for r in document["layers"] if r["fallback"] and WORSE not in r["fallback"]]
-    share = len(starved) / max(len(document["layers"]), 1)
+    layers = document["layers"]
+    starved = [r["name"] for r in layers if r["fallback"] and WORSE not in r["fallback"]]
+    clipped = [r["name"] for r in layers if r.get("alarm") and r["name"] not in starved]
+    share = len(starved) / max(len(layers), 1)
     if limit is not None and share > limit:
         raise QualityGateError(
-            f"{output}: {len(starved)} of {len(document['layers'])} linears ({share:.0%}, the limit is {limit:.0%}) "
+            f"{output}: {len(starved)} of {len(layers)} linears ({share:.0%}, the limit is {limit:.0%}) "
             f"had no usable calibration data and are round-to-nearest, the first is {starved[0]}. What was made stays. "
             "Give more or broader --calibration text (--samples), or accept it with a higher --max-unreached."
+        )
+    share = (len(starved) + len(clipped)) / max(len(layers), 1)
+    if limit is not None and share > limit:
+        raise QualityGateError(
+            f"{output}: {len(clipped)} of {len(layers)} linears lost the ends of their ranges, the first is "
+            f"{clipped[0]}, and {len(starved)} had no usable calibration data ({share:.0%} together, the limit is "
+            f"{limit:.0%}). What was made stays. Calibrate on broader text, choose smaller groups or zero points "
+            "(-asym), or accept it with a higher --max-unreached."
         )
 
 
@@ -137,6 +148,8 @@ def summary(document: dict[str, Any]) -> str:
     repaired = [r for r in layers if r.get("repair")]
     for r in repaired:
         text += f"\nrepaired: {r['name']}: {r['repair']}, relative error {r['relative_error']:.1%}"
+    for r in layers:
+        text += f"\nalarm: {r['name']}: {r['alarm']}" if r.get("alarm") else ""
     for r in fallbacks:
         text += f"\nfallback: {r['name']}: {r['fallback']}"
     return text

@@ -4,7 +4,7 @@ import contextlib
 import io
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -201,12 +201,17 @@ def open_source(model: PreTrainedModel, checkpoint: Checkpoint) -> Source:
     return Source(checkpoint, {(linears | embeddings)[n]: scheme for n, scheme in schemes.items()})
 
 
-def materialize(model: nn.Module, name: str, source: Source, dtype: torch.dtype) -> nn.Module:
-    """Load the weights of submodule `name` (all below it) as `dtype`, quantized ones dequantized; return it."""
+def materialize(
+    model: nn.Module, name: str, source: Source, dtype: torch.dtype, skip: Container[str] = ()
+) -> nn.Module:
+    """Load the weights of submodule `name` (all below it, but those in `skip`) as `dtype`, quantized ones dequantized;
+    return it."""
     module = model.get_submodule(name)
     for key in module.state_dict():
         full = f"{name}.{key}" if name else key
         owner, _, attribute = key.rpartition(".")
+        if full in skip:
+            continue
         linear = source.linear(full.removesuffix(".weight")) if attribute == "weight" else None
         if linear is not None:
             value = linear.dequantize(dtype)
@@ -220,7 +225,9 @@ def materialize(model: nn.Module, name: str, source: Source, dtype: torch.dtype)
     return module
 
 
-def materialize_outside(model: PreTrainedModel, blocks: Blocks, source: Source, dtype: torch.dtype) -> None:
+def materialize_outside(
+    model: PreTrainedModel, blocks: Blocks, source: Source, dtype: torch.dtype, skip: Container[str] = ()
+) -> None:
     """Load everything that is not in the blocks: embeddings, final norm, head; ties are tied again."""
     parents = {blocks.name.rpartition(".")[0]}
     for parent in list(parents):
@@ -231,7 +238,7 @@ def materialize_outside(model: PreTrainedModel, blocks: Blocks, source: Source, 
         for child, _ in model.get_submodule(parent).named_children():
             name = f"{parent}.{child}" if parent else child
             if name not in parents and name != blocks.name:
-                materialize(model, name, source, dtype)
+                materialize(model, name, source, dtype, skip)
     model.tie_weights()
 
 

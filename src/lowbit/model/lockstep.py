@@ -188,6 +188,30 @@ class Recompute:
             handle.remove()
 
 
+class _Turns:
+    """Whose turn it is among several threads: one after the other, those that have left are skipped. Nobody is skipped
+    who has not said that it leaves, so the order does not depend on timing."""
+
+    def __init__(self, count: int) -> None:
+        self._waiting = list(range(count))  # the first one's turn it is
+        self._changed = threading.Condition()
+
+    def wait(self, index: int) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting[0] == index)
+
+    def pass_on(self, index: int) -> None:
+        with self._changed:
+            self._waiting.remove(index)
+            self._waiting.append(index)
+            self._changed.notify_all()
+
+    def leave(self, index: int) -> None:
+        with self._changed:
+            self._waiting.remove(index)
+            self._changed.notify_all()
+
+
 class Walk:
     """The walk of all batches through one block, dealt out to `threads` threads in contiguous shares.
 
@@ -220,6 +244,24 @@ class Walk:
     def collect(self, k: int, gather: Callable[[Iterator[tuple[Entry, Tensor]]], T]) -> list[T]:
         """`gather` over the k-th group's inputs, once a share, in the shares' order."""
         return self._each(lambda walk: gather(walk.inputs(k)))
+
+    def in_turn(self, k: int, use: Callable[[Entry, Tensor], None]) -> None:
+        """`use` of the k-th group's input, batch by batch and one at a time: the threads compute their inputs side by
+        side and take turns with `use`, in a fixed order."""
+        turns = _Turns(len(self._walks))
+
+        def share(index: int, walk: Lockstep | Recompute) -> None:
+            try:
+                for entry, x in walk.inputs(k):
+                    turns.wait(index)
+                    use(entry, x)
+                    turns.pass_on(index)
+            finally:
+                turns.leave(index)
+
+        work = [pool.submit(share, i, w) for i, (pool, w) in enumerate(zip(self._pools, self._walks, strict=True))]
+        for future in work:
+            future.result()
 
     def finish(self) -> list[Tensor]:
         """The hidden states after the block, batch by batch; then the block is left as it was."""

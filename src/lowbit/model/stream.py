@@ -8,8 +8,9 @@ from torch import Tensor
 
 from lowbit.errors import InputError
 from lowbit.model.checkpoint import Checkpoint
-from lowbit.model.load import Source, compute_buffers, materialize, materialize_outside, open_source, release, skeleton
+from lowbit.model.load import Source, compute_buffers, materialize, open_source, release, skeleton
 from lowbit.model.lockstep import Lockstep
+from lowbit.model.outside import Outside
 from lowbit.model.walk import Blocks, Entry, capture_entries, find_blocks
 
 FINGERPRINT_TOKENS = 64
@@ -22,16 +23,19 @@ def stream_logits(checkpoint: Checkpoint, tokens: Tensor) -> Tensor:
     model = skeleton(checkpoint)
     source = open_source(model, checkpoint)
     blocks = find_blocks(model)
-    materialize_outside(model, blocks, source, torch.float32)
+    outside = Outside(model, blocks, source, torch.float32)
     materialize(model, blocks.names[0], source, torch.float32)
     (entry,) = capture_entries(model, blocks, [tokens])
+    outside.let_go()
     for i, name in enumerate(blocks.names):
         block = materialize(model, name, source, torch.float32)
         inside = [n for n in source.schemes if n.startswith(name + ".")]
         grids = {n.removeprefix(name + "."): source.input_grid(n) for n in inside}
         (entry.hidden,) = Lockstep(block, i, [entry], (), {n: g for n, g in grids.items() if g is not None}).finish()
         release(block)
-    return replay_tail(model, blocks.name, entry, tokens)
+    logits = replay_tail(model, blocks.name, entry, tokens)
+    outside.close()
+    return logits
 
 
 @torch.no_grad()
@@ -43,11 +47,13 @@ def probe(model: Any, source: Source, blocks: Blocks) -> None:
     """
     checkpoint = source.checkpoint
     tokens = torch.arange(min(4, int(checkpoint.text_config.get("vocab_size") or 4)))[None]
-    materialize_outside(model, blocks, source, torch.float32)
+    outside = Outside(model, blocks, source, torch.float32)
     block = materialize(model, blocks.names[0], source, torch.float32)
     try:
         (entry,) = capture_entries(model, blocks, [tokens])
+        outside.let_go()
         entry.hidden = entry.run(block, 0)
+        release(block)
         replay_tail(model, blocks.name, entry, tokens)
     except Exception as error:  # the model class's own code, on whatever the config says
         reason = " ".join(str(error).split())[:300]
@@ -55,6 +61,7 @@ def probe(model: Any, source: Source, blocks: Blocks) -> None:
             f"{checkpoint.path}: the model that config.json describes cannot run ({type(error).__name__}: {reason})."
         ) from error
     finally:
+        outside.close()
         release(model)
         compute_buffers(model)
 

@@ -7,8 +7,10 @@ lockstep      all calibration batches walk through a block together and pause wh
 """
 
 import contextlib
+import ctypes
 import graphlib
 import itertools
+import mmap
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -121,14 +123,29 @@ class Entry:
 
     def keep(self, hidden: Tensor) -> Tensor:
         """`hidden`, moved to this entry's room if it has one."""
-        return hidden if self.room is None else self.room.copy_(hidden)
+        if self.room is None:
+            return hidden
+        self.room.copy_(hidden)
+        self._rest()
+        return self.room
+
+    def _rest(self) -> None:
+        """Pages of a mapped file count as memory until they are let go; the system keeps them if it has room."""
+        if self.room is not None:
+            start, end = self.room.data_ptr(), self.room.data_ptr() + self.room.nbytes
+            start, end = -(-start // mmap.PAGESIZE) * mmap.PAGESIZE, end // mmap.PAGESIZE * mmap.PAGESIZE
+            if end > start and hasattr(mmap, "MADV_DONTNEED"):
+                ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), mmap.MADV_DONTNEED)
 
     def call(self, block: Callable[..., Any], index: int) -> Any:
         """What `block`, the index-th, returns."""
         args, kwargs = self.arguments[index]
-        if self.keyword is None:
-            return block(self.hidden, *args, **kwargs)
-        return block(*args, **kwargs, **{self.keyword: self.hidden})
+        try:
+            if self.keyword is None:
+                return block(self.hidden, *args, **kwargs)
+            return block(*args, **kwargs, **{self.keyword: self.hidden})
+        finally:
+            self._rest()
 
     def run(self, block: Callable[..., Any], index: int) -> Tensor:
         """The hidden states after `block`, the index-th."""
