@@ -1,0 +1,115 @@
+"""Mixed precision at 3.5 bits against every uniform scheme of that size: KL, window by window.
+
+    python benchmarks/mixed_precision.py [--bits 3.5] [--windows N] [--output FILE]
+
+All round by GPTQ (a lattice by QuIP, which is its method) with the same 128 x 512 calibration tokens of the demo's text,
+and are evaluated on its evaluation text in windows of 512: weights dequantized, float32. Every scheme saw the same
+windows, so the differences are paired. A row is written as soon as it is measured; rows that are there are skipped, so
+an interrupted run goes on where it was. The table between the markers of docs/methods.md is made anew at the end.
+"""
+
+import argparse
+import json
+import subprocess
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import lowbit
+from lowbit.environment import environment
+from lowbit.intervals import kl_difference
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS, DOCS = ROOT / "benchmarks" / "results" / "mixed.json", ROOT / "docs" / "methods.md"
+BEGIN, END = "<!-- mixed: begin -->\n", "<!-- mixed: end -->\n"
+UNIFORM = (  # what has between 3 and 3.5 bits a weight on this model
+    ("w3a16-g128", "gptq"), ("w3a16-g32", "gptq"), ("w3a16-g64", "gptq"), ("w3a16-channel", "gptq"),
+    ("w3a16-g128-asym", "gptq"), ("w3a16-g64-asym", "gptq"), ("any3", "gptq"), ("e8p3", "quip"),
+)  # fmt: skip
+
+
+def measure(scheme: str, method: str, samples: int, windows: int | None) -> dict[str, Any]:
+    """One row, with the KL of every window."""
+    texts = {name: ROOT / "src" / "lowbit" / "demo" / f"{name}.txt" for name in ("calibration", "evaluation")}
+    with tempfile.TemporaryDirectory() as place:
+        made = lowbit.quantize(
+            "demo", Path(place) / "q", scheme=scheme, method=method, samples=samples, calibration=texts["calibration"]
+        )
+        found = lowbit.evaluate(
+            [Path(place) / "q"], texts["evaluation"], against="demo", seq_len=512, windows=windows, runtime="float32"
+        )["results"][0]
+    return {
+        "scheme": scheme, "method": method, "bits_per_weight": made["bits_per_weight"],
+        "perplexity": found["perplexity"], "perplexity_increase": found["perplexity_increase"],
+        "top1_agreement": found["top1_agreement"], "kl": found["kl"],
+        "kl_per_window": [float(f"{k:.5g}") for k in found["per_window"]["kl"]],
+    }  # fmt: skip
+
+
+def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Every uniform row against the mixed one, the first: its KL minus the mixed one's, and how many times it."""
+    mixed = np.array(rows[0]["kl_per_window"])
+    return [
+        {
+            "scheme": r["scheme"],
+            "difference": kl_difference(np.array(r["kl_per_window"]), mixed).to_dict(),
+            "times": float(np.mean(r["kl_per_window"]) / mixed.mean()),
+        }
+        for r in rows[1:]
+    ]
+
+
+def table(document: dict[str, Any]) -> str:
+    rows, against = document["rows"], {c["scheme"]: c for c in document["against_mixed"]}
+    lines = [
+        "| scheme | method | bits per weight | perplexity | same top token | KL | KL over mixed (95 %) |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for r in rows:
+        c = against.get(r["scheme"])
+        more = "" if c is None else f"{c['times']:.2f}x ({c['difference']['low']:+.5f} to {c['difference']['high']:+.5f})"
+        lines.append(
+            f"| `{r['scheme']}` | `{r['method']}` | {r['bits_per_weight']:.3f} | {r['perplexity_increase']:+.2%} "
+            f"| {r['top1_agreement']:.1%} | {r['kl']['mean']:.5f} ± {r['kl']['stderr']:.5f} | {more} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def write(file: Path, rows: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    document = {
+        "created": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment(),
+        "commit": commit.stdout.strip(), "settings": settings, "rows": rows, "against_mixed": compared(rows),
+    }  # fmt: skip
+    file.write_text(json.dumps(document, indent=1) + "\n")
+    return document
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--bits", type=float, default=3.5)
+    p.add_argument("--samples", type=int, default=128)
+    p.add_argument("--windows", type=int)
+    p.add_argument("--output", type=Path, default=RESULTS)
+    a = p.parse_args()
+    settings = {"model": "demo", "bits": a.bits, "samples": a.samples, "windows": a.windows}
+    known = json.loads(a.output.read_text()) if a.output.exists() else {}
+    rows = known["rows"] if known.get("settings") == settings else []
+    cases = ((f"auto:{a.bits:g}", "gptq"), *UNIFORM)
+    document: dict[str, Any] = known
+    for n, (scheme, method) in enumerate(cases, 1):
+        if not any((r["scheme"], r["method"]) == (scheme, method) for r in rows):
+            rows.append(measure(scheme, method, a.samples, a.windows))
+            document = write(a.output, rows, settings)
+        print(f"{n} of {len(cases)}: {scheme}", flush=True)
+    print(table(document))
+    if a.output == RESULTS:
+        before, rest = DOCS.read_text(encoding="utf-8").split(BEGIN)
+        DOCS.write_text(before + BEGIN + table(document) + END + rest.split(END)[1], encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
