@@ -36,7 +36,7 @@ def measure(scheme: str, method: str, samples: int, windows: int | None) -> dict
     texts = {name: ROOT / "src" / "lowbit" / "demo" / f"{name}.txt" for name in ("calibration", "evaluation")}
     with tempfile.TemporaryDirectory() as place:
         made = lowbit.quantize(
-            "demo", Path(place) / "q", scheme=scheme, method=method, samples=samples, calibration=texts["calibration"]
+            "demo", Path(place) / "q", scheme=scheme, method=method, samples=samples, calibration=str(texts["calibration"])
         )
         found = lowbit.evaluate(
             [Path(place) / "q"], texts["evaluation"], against="demo", seq_len=512, windows=windows, runtime="float32"
