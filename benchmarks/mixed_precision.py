@@ -2,9 +2,9 @@
 
     python benchmarks/mixed_precision.py [--bits 3.5] [--windows N] [--output FILE]
 
-All round by GPTQ (a lattice by QuIP, which is its method) with the same 128 x 512 calibration tokens of the demo's text,
+All round by GPTQ (a lattice by QuIP, which is its method) with the same 128 x 512 tokens of the demo's calibration text
 and are evaluated on its evaluation text in windows of 512: weights dequantized, float32. Every scheme saw the same
-windows, so the differences are paired. A row is written as soon as it is measured; rows that are there are skipped, so
+windows, so the differences are paired. Rows are written three at a time; rows that are there are skipped, so
 an interrupted run goes on where it was. The table between the markers of docs/methods.md is made anew at the end.
 """
 
@@ -29,24 +29,30 @@ UNIFORM = (  # what has between 3 and 3.5 bits a weight on this model
     ("w3a16-g128", "gptq"), ("w3a16-g32", "gptq"), ("w3a16-g64", "gptq"), ("w3a16-channel", "gptq"),
     ("w3a16-g128-asym", "gptq"), ("w3a16-g64-asym", "gptq"), ("any3", "gptq"), ("e8p3", "quip"),
 )  # fmt: skip
+TOGETHER = 3  # schemes evaluated in one pass, then written
 
 
-def measure(scheme: str, method: str, samples: int, windows: int | None) -> dict[str, Any]:
-    """One row, with the KL of every window."""
+def measure(cases: list[tuple[str, str]], samples: int, windows: int) -> list[dict[str, Any]]:
+    """One row a case, with the KL of every window; what they are compared with is computed once."""
     texts = {name: ROOT / "src" / "lowbit" / "demo" / f"{name}.txt" for name in ("calibration", "evaluation")}
     with tempfile.TemporaryDirectory() as place:
-        made = lowbit.quantize(
-            "demo", Path(place) / "q", scheme=scheme, method=method, samples=samples, calibration=str(texts["calibration"])
-        )
+        paths = [Path(place) / f"{n}" for n in range(len(cases))]
+        made = [
+            lowbit.quantize("demo", path, scheme=s, method=m, samples=samples, calibration=str(texts["calibration"]))
+            for path, (s, m) in zip(paths, cases, strict=True)
+        ]
         found = lowbit.evaluate(
-            [Path(place) / "q"], texts["evaluation"], against="demo", seq_len=512, windows=windows, runtime="float32"
-        )["results"][0]
-    return {
-        "scheme": scheme, "method": method, "bits_per_weight": made["bits_per_weight"],
-        "perplexity": found["perplexity"], "perplexity_increase": found["perplexity_increase"],
-        "top1_agreement": found["top1_agreement"], "kl": found["kl"],
-        "kl_per_window": [float(f"{k:.5g}") for k in found["per_window"]["kl"]],
-    }  # fmt: skip
+            paths, texts["evaluation"], against="demo", seq_len=512, windows=windows, runtime="float32"
+        )["results"]
+    return [
+        {
+            "scheme": scheme, "method": method, "bits_per_weight": document["bits_per_weight"],
+            "perplexity": row["perplexity"], "perplexity_increase": row["perplexity_increase"],
+            "top1_agreement": row["top1_agreement"], "kl": row["kl"],
+            "kl_per_window": [float(f"{k:.5g}") for k in row["per_window"]["kl"]],
+        }
+        for (scheme, method), document, row in zip(cases, made, found, strict=True)
+    ]  # fmt: skip
 
 
 def compared(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -70,7 +76,9 @@ def table(document: dict[str, Any]) -> str:
     ]
     for r in rows:
         c = against.get(r["scheme"])
-        more = "" if c is None else f"{c['times']:.2f}x ({c['difference']['low']:+.5f} to {c['difference']['high']:+.5f})"
+        more = (
+            "" if c is None else f"{c['times']:.2f}x ({c['difference']['low']:+.5f} to {c['difference']['high']:+.5f})"
+        )
         lines.append(
             f"| `{r['scheme']}` | `{r['method']}` | {r['bits_per_weight']:.3f} | {r['perplexity_increase']:+.2%} "
             f"| {r['top1_agreement']:.1%} | {r['kl']['mean']:.5f} ± {r['kl']['stderr']:.5f} | {more} |"
@@ -92,19 +100,18 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--bits", type=float, default=3.5)
     p.add_argument("--samples", type=int, default=128)
-    p.add_argument("--windows", type=int)
+    p.add_argument("--windows", type=int, default=128)
     p.add_argument("--output", type=Path, default=RESULTS)
     a = p.parse_args()
     settings = {"model": "demo", "bits": a.bits, "samples": a.samples, "windows": a.windows}
-    known = json.loads(a.output.read_text()) if a.output.exists() else {}
-    rows = known["rows"] if known.get("settings") == settings else []
-    cases = ((f"auto:{a.bits:g}", "gptq"), *UNIFORM)
-    document: dict[str, Any] = known
-    for n, (scheme, method) in enumerate(cases, 1):
-        if not any((r["scheme"], r["method"]) == (scheme, method) for r in rows):
-            rows.append(measure(scheme, method, a.samples, a.windows))
-            document = write(a.output, rows, settings)
-        print(f"{n} of {len(cases)}: {scheme}", flush=True)
+    document: dict[str, Any] = json.loads(a.output.read_text()) if a.output.exists() else {}
+    rows = document["rows"] if document.get("settings") == settings else []
+    done = {(r["scheme"], r["method"]) for r in rows}
+    left = [case for case in ((f"auto:{a.bits:g}", "gptq"), *UNIFORM) if case not in done]
+    for at in range(0, len(left), TOGETHER):
+        rows += measure(left[at : at + TOGETHER], a.samples, a.windows)
+        document = write(a.output, rows, settings)
+        print(f"{len(rows)} of {len(UNIFORM) + 1} schemes", flush=True)
     print(table(document))
     if a.output == RESULTS:
         before, rest = DOCS.read_text(encoding="utf-8").split(BEGIN)

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from lowbit.errors import InputError, LowbitError
 from lowbit.tuning import summary, tune
 from lowbit.tuning.candidates import Candidate
-from lowbit.tuning.decide import Limits, pareto, recommend, verdict
+from lowbit.tuning.decide import pareto, recommend, verdict
 from lowbit.tuning.isolate import JobError, JobLimits, run_job
+from lowbit.tuning.limits import Limits
 from lowbit.tuning.split import split_documents
 from lowbit.tuning.worker import answer
 
@@ -128,7 +129,7 @@ def test_limits_that_contradict_each_other_are_said_to() -> None:
 
 
 def test_the_original_is_no_answer_if_it_breaks_a_limit_too() -> None:
-    bench = {"tpot_s": {"median": 0.01}, "ttft_s": {"median": 0.1}, "peak_memory_bytes": 10**9}
+    bench = {"bench": {"tpot_s": {"median": 0.01}, "ttft_s": {"median": 0.1}, "peak_memory_bytes": 10**9}}
     small, big = Limits(max_memory=10**7), Limits(max_memory=10**10, max_ppl_increase=1e-6)
     assert decide(candidate("a", 2.0, 0.005), limits=small, original=bench)["name"] is None
     assert decide(candidate("a", 2.0, 0.005), limits=big, original=bench)["name"] == "original"
@@ -143,7 +144,7 @@ def test_tune_end_to_end(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Candidates that fail are listed, the rest goes on; a second run with --resume computes nothing again."""
     text = tmp_path / "text.txt"
     text.write_text((Path(__file__).parents[2] / "src/lowbit/demo/evaluation.txt").read_text()[:40_000])
-    monkeypatch.setattr("lowbit.tuning.SEQ_LEN", 64)
+    monkeypatch.setattr("lowbit.tuning.prepare.SEQ_LEN", 64)
     monkeypatch.setattr("lowbit.tuning.run.bench", lambda *a, **k: fake_bench(*a, **k))
     monkeypatch.setattr("lowbit.tuning.run.run_job", in_this_process)  # the real one has tests of its own
     out = tmp_path / "out"
@@ -173,7 +174,7 @@ def test_only_what_can_be_the_answer_is_made(tiny: Path, tmp_path: Path, monkeyp
     """Five candidates, the fastest of which keeps the limit: one is made. --exhaustive --resume makes the others."""
     text = tmp_path / "text.txt"
     text.write_text((Path(__file__).parents[2] / "src/lowbit/demo/evaluation.txt").read_text()[:30_000])
-    monkeypatch.setattr("lowbit.tuning.SEQ_LEN", 64)
+    monkeypatch.setattr("lowbit.tuning.prepare.SEQ_LEN", 64)
     monkeypatch.setattr("lowbit.tuning.run.bench", lambda *a, **k: fake_bench(*a, **k))
     monkeypatch.setattr("lowbit.tuning.run.run_job", in_this_process)
     times = {"w3a16-g32": 1.0, "w4a16-g32": 1.4, "w8a8": 2.0, "fp8": 4.0}
