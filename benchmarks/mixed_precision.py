@@ -9,21 +9,17 @@ an interrupted run goes on where it was. The table between the markers of docs/m
 """
 
 import argparse
-import json
-import subprocess
 import tempfile
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from partial import RESULTS, ROOT, known, save
 
 import lowbit
-from lowbit.environment import environment
 from lowbit.intervals import kl_difference
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS, DOCS = ROOT / "benchmarks" / "results" / "mixed.json", ROOT / "docs" / "methods.md"
+FILE, DOCS = RESULTS / "mixed.json", ROOT / "docs" / "methods.md"
 BEGIN, END = "<!-- mixed: begin -->\n", "<!-- mixed: end -->\n"
 UNIFORM = (  # what has between 3 and 3.5 bits a weight on this model
     ("w3a16-g128", "gptq"), ("w3a16-g32", "gptq"), ("w3a16-g64", "gptq"), ("w3a16-channel", "gptq"),
@@ -86,34 +82,24 @@ def table(document: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(file: Path, rows: list[dict[str, Any]], settings: dict[str, Any]) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
-    document = {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment(),
-        "commit": commit.stdout.strip(), "settings": settings, "rows": rows, "against_mixed": compared(rows),
-    }  # fmt: skip
-    file.write_text(json.dumps(document, indent=1) + "\n")
-    return document
-
-
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--bits", type=float, default=3.5)
     p.add_argument("--samples", type=int, default=128)
     p.add_argument("--windows", type=int, default=128)
-    p.add_argument("--output", type=Path, default=RESULTS)
+    p.add_argument("--output", type=Path, default=FILE)
     a = p.parse_args()
     settings = {"model": "demo", "bits": a.bits, "samples": a.samples, "windows": a.windows}
-    document: dict[str, Any] = json.loads(a.output.read_text()) if a.output.exists() else {}
-    rows = document["rows"] if document.get("settings") == settings else []
+    rows: list[dict[str, Any]] = known(a.output, settings).get("rows", [])
     done = {(r["scheme"], r["method"]) for r in rows}
     left = [case for case in ((f"auto:{a.bits:g}", "gptq"), *UNIFORM) if case not in done]
     for at in range(0, len(left), TOGETHER):
         rows += measure(left[at : at + TOGETHER], a.samples, a.windows)
-        document = write(a.output, rows, settings)
+        save(a.output, settings, {"rows": rows}, finished=False)
         print(f"{len(rows)} of {len(UNIFORM) + 1} schemes", flush=True)
+    document = save(a.output, settings, {"rows": rows, "against_mixed": compared(rows)}, finished=True)
     print(table(document))
-    if a.output == RESULTS:
+    if a.output == FILE:
         before, rest = DOCS.read_text(encoding="utf-8").split(BEGIN)
         DOCS.write_text(before + BEGIN + table(document) + END + rest.split(END)[1], encoding="utf-8")
 

@@ -101,7 +101,7 @@ def _candidate(
 
 @pytest.fixture
 def document() -> dict[str, Any]:
-    """A small tune document, made by hand: five measured candidates, one that crashed."""
+    """A small tune document, made by hand: six measured candidates, one that crashed."""
     prompt = 'def read_all(path, encoding=\'utf-8\'):\n    """Return the text of a file."""\n'
     same = "    with open(path, encoding=encoding) as stream:\n        return stream.read"
     return {
@@ -382,7 +382,7 @@ def test_commands_can_be_pasted(document: dict[str, Any], tmp_path: Path) -> Non
     document["limits"] |= {"max_kl": 0.01, "max_tpot": 0.02}
     again = view(document)["reproduce"]
     assert "--max-kl 0.01 --max-tpot 0.02" in again
-    assert "--methods rtn,gptq --schemes w8a8,w4a16,w3a16,w4a8 --exhaustive" in again
+    assert "--methods rtn,gptq --schemes w8a8,w4a16,w3a16,w4a16-g32,w4a8 --exhaustive" in again
     assert "--calibration other.txt" in again
     assert "lowbit bench out/candidates/w4a16-gptq --against demo" in page.text
 
