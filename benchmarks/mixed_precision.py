@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from partial import RESULTS, ROOT, known, save
+from partial import RESULTS, ROOT, commit, known, save
 
 import lowbit
 from lowbit.intervals import kl_difference
@@ -42,7 +42,7 @@ def measure(cases: list[tuple[str, str]], samples: int, windows: int) -> list[di
         )["results"]
     return [
         {
-            "scheme": scheme, "method": method, "bits_per_weight": document["bits_per_weight"],
+            "scheme": scheme, "method": method, "commit": commit(), "bits_per_weight": document["bits_per_weight"],
             "perplexity": row["perplexity"], "perplexity_increase": row["perplexity_increase"],
             "top1_agreement": row["top1_agreement"], "kl": row["kl"],
             "kl_per_window": [float(f"{k:.5g}") for k in row["per_window"]["kl"]],
@@ -90,7 +90,7 @@ def main() -> None:
     p.add_argument("--output", type=Path, default=FILE)
     a = p.parse_args()
     settings = {"model": "demo", "bits": a.bits, "samples": a.samples, "windows": a.windows}
-    rows: list[dict[str, Any]] = known(a.output, settings).get("rows", [])
+    rows: list[dict[str, Any]] = known(a.output, settings, any_commit=True).get("rows", [])
     done = {(r["scheme"], r["method"]) for r in rows}
     left = [case for case in ((f"auto:{a.bits:g}", "gptq"), *UNIFORM) if case not in done]
     for at in range(0, len(left), TOGETHER):

@@ -12,10 +12,12 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 
 
-def known(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    """What an earlier run with the same settings on the same commit has left unfinished, else nothing."""
+def known(file: Path, settings: dict[str, Any], *, any_commit: bool = False) -> dict[str, Any]:
+    """What an earlier run with the same settings has left unfinished, else nothing. Times of two commits are not mixed;
+    accuracy may be, with `any_commit`."""
     found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
-    same = found.get("settings") == json.loads(json.dumps(settings)) and found.get("commit") == commit()
+    same = found.get("settings") == json.loads(json.dumps(settings))
+    same = same and (any_commit or found.get("commit") == commit())
     return found if same and not found.get("finished") else {}
 
 
