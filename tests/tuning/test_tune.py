@@ -165,6 +165,16 @@ def test_tune_end_to_end(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert jobs == []
     for c in again["candidates"]:
         assert c["evaluate"] == by_name[c["name"]]["evaluate"]
+    cheapest = tune(
+        tiny, out, text, candidates=[first[0], first[2]], repeats=1, max_ppl_increase=10, resume=True, optimize="cost",
+        concurrency=4,
+    )  # fmt: skip
+    assert cheapest["original"]["cost_per_million_tokens"] == pytest.approx(0.1 / (3600 * 40 * 0.5) * 1e6)
+    assert "2.00x cheaper per token" in cheapest["recommendation"]["reasons"][0]
+    assert "tokens/s x 4  US$/M tokens  verdict" in summary(cheapest)
+    closest = tune(tiny, out, text, candidates=[first[0]], repeats=1, max_ppl_increase=10, resume=True, optimize="kl")
+    assert closest["recommendation"]["name"] == "original"
+    assert "do not quantize" in summary(closest)
     with pytest.raises(InputError, match="made with another seed"):
         tune(tiny, out, text, candidates=first, repeats=1, resume=True, seed=1)
 
@@ -219,14 +229,20 @@ def test_a_candidate_is_made_in_a_process_of_its_own(tiny: Path, tmp_path: Path)
         run_job(request | {"output": str(tmp_path / "r"), "words": {"scheme": "w4a16", "method": "rtn"}}, JobLimits())
 
 
-def fake_bench(models: list[str], *, against: str | None = None, **_words: Any) -> dict[str, Any]:
+def fake_bench(
+    models: list[str], *, against: str | None = None, batch_sizes: tuple[int, ...] = (1,), **_words: Any
+) -> dict[str, Any]:
     """Timings are of no interest here; whatever is quantized is twice as fast."""
-    bench = candidate("x", 1.0, 0.0)["bench"] | {"throughput_tokens_per_s": 1.0, "mbu": 0.5}
+    bench = candidate("x", 1.0, 0.0)["bench"] | {"mbu": 0.5}
     names = [str(against), *models]
     return {
         "peak_bandwidth_bytes_per_s": 1e10,
-        "results": [bench | {"model": n, "scenario": {}} for n in names],
-        "ratios": [candidate("x", 2.0, 0.0)["ratio"] | {"model": n} for n in models],
+        "results": [
+            bench | {"model": n, "scenario": {}, "throughput_tokens_per_s": 10.0 * b * (1 + (n != str(against)))}
+            for b in batch_sizes
+            for n in names
+        ],
+        "ratios": [candidate("x", 2.0, 0.0)["ratio"] | {"model": n} for _ in batch_sizes for n in models],
         "grid": [],
     }
 
