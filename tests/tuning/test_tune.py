@@ -172,7 +172,9 @@ def test_tune_end_to_end(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert cheapest["original"]["cost_per_million_tokens"] == pytest.approx(0.1 / (3600 * 40 * 0.5) * 1e6)
     assert "2.00x cheaper per token" in cheapest["recommendation"]["reasons"][0]
     assert "tokens/s x 4  US$/M tokens  verdict" in summary(cheapest)
-    closest = tune(tiny, out, text, candidates=[first[0]], repeats=1, max_ppl_increase=10, resume=True, optimize="kl")
+    closest = tune(
+        tiny, out, text, candidates=[first[0], first[2]], repeats=1, max_ppl_increase=10, resume=True, optimize="kl"
+    )
     assert closest["recommendation"]["name"] == "original"
     assert "do not quantize" in summary(closest)
     with pytest.raises(InputError, match="made with another seed"):

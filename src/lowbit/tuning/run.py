@@ -165,7 +165,8 @@ def measure_accuracy(job: Job, rows: list[dict[str, Any]], notebook: Notebook) -
     """{part: evaluate document} on all of selection and confirmation; rows get `selection` and `evaluate`."""
     documents = _evaluate(job, rows, ("selection", "confirmation"), None, notebook)
     if not documents:
-        raise LowbitError(f"no candidate could be evaluated: {next(c['error'] for c in rows if c['error'])}")
+        why = next((c["error"] for c in rows if c["error"]), "none is left")
+        raise LowbitError(f"no candidate could be evaluated: {why}")
     for part, key in (("selection", "selection"), ("confirmation", "evaluate")):
         results = {r["model"]: r for r in documents[part]["results"]}
         for c in measured(rows):
