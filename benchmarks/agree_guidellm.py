@@ -5,7 +5,9 @@ share nothing between runs, so that no cache of the server helps the second. Wha
 mean gap between tokens (lowbit's TPOT, GuideLLM's inter-token latency) and generated tokens a second. The difference of
 the tools stands beside the spread of each tool's own rounds, which is the noise.
 
-    llama-server -m demo-q8_0.gguf --port 8099 --no-cache-prompt -np 4 -t 2
+Every round is written as it ends, and an interrupted script goes on with the next. About five minutes on two cores.
+
+    llama-server -m demo-q8_0.gguf --port 8099 --no-cache-prompt -np 2 -t 2
     python benchmarks/agree_guidellm.py http://127.0.0.1:8099 --guidellm PATH/guidellm --tokenizer MODEL_DIRECTORY
 """
 
@@ -15,26 +17,23 @@ import statistics
 import subprocess
 import tempfile
 from collections.abc import Mapping
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from partial import RESULTS, known, save
 
-from lowbit.environment import environment
 from lowbit.intervals import median_interval
 from lowbit.model.checkpoint import DEMO
 from lowbit.speed import Load, bench
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "agreement.json"
 WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
 FIGURES = ("ttft_s", "tpot_s", "tokens_per_s")
 
 
 def by_lowbit(url: str, a: argparse.Namespace, seed: int) -> dict[str, float]:
     shape: dict[str, Any] = {
-        "prompt_lengths": [a.prompt], "output_lengths": [a.output], "batch_sizes": [a.concurrency]
+        "prompt_lengths": [a.prompt], "output_lengths": [a.answer], "batch_sizes": [a.concurrency]
     }  # fmt: skip
     (row,) = bench([url], **shape, load=Load(requests=a.requests), seed=seed)["results"]
     found = {"ttft_s": row["ttft_s"]["median"], "tpot_s": row["tpot_s"]["median"]}
@@ -46,7 +45,7 @@ def by_guidellm(url: str, a: argparse.Namespace, seed: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as place:
         data, report = Path(place) / "prompts.json", Path(place) / "report.json"
         prompts = [" ".join(WORDS[i] for i in rng.integers(0, len(WORDS), a.prompt)) for _ in range(a.requests)]
-        rows = [{"prompt": p, "prompt_tokens_count": a.prompt, "output_tokens_count": a.output} for p in prompts]
+        rows = [{"prompt": p, "prompt_tokens_count": a.prompt, "output_tokens_count": a.answer} for p in prompts]
         data.write_text("".join(json.dumps(r) + "\n" for r in rows))
         command = [
             a.guidellm, "run", "--backend", f"kind=openai_http,target={url},request_format=/v1/completions",
@@ -84,29 +83,26 @@ def main() -> None:
     p.add_argument("url")
     p.add_argument("--guidellm", default="guidellm")
     p.add_argument("--tokenizer", default=str(DEMO / "model"))
-    p.add_argument("--rounds", type=int, default=6)
-    p.add_argument("--requests", type=int, default=32)
-    p.add_argument("--concurrency", type=int, default=2)
-    p.add_argument("--prompt", type=int, default=64)
-    p.add_argument("--output", type=int, default=48)
-    p.add_argument("--json", default=str(RESULTS))
+    for name, value in (("rounds", 6), ("requests", 32), ("concurrency", 2), ("prompt", 64), ("answer", 48)):
+        p.add_argument(f"--{name}", type=int, default=value)
+    p.add_argument("--output", "--json", dest="file", type=Path, default=RESULTS / "agreement.json")
     a = p.parse_args()
-    runs: dict[str, list[Mapping[str, float]]] = {"lowbit": [], "guidellm": []}
-    for r in range(a.rounds + 1):  # the first round warms up
+    settings = {k: getattr(a, k) for k in ("url", "rounds", "requests", "concurrency", "prompt", "answer")}
+    runs: dict[str, list[Mapping[str, float]]] = known(a.file, settings).get("runs", {"lowbit": [], "guidellm": []})
+    for r in range(len(runs["lowbit"]), a.rounds + 1):
         found = {"lowbit": by_lowbit(a.url, a, 2 * r), "guidellm": by_guidellm(a.url, a, 2 * r + 1001)}
         for tool, figures in found.items():
             print(r, tool, {k: round(v, 5) for k, v in figures.items()}, flush=True)
-            if r > 0:
-                runs[tool].append(figures)
-    figures = {f: compare(runs["lowbit"], runs["guidellm"], f) for f in FIGURES}
+            runs[tool].append(figures)
+        save(a.file, settings, {"runs": runs}, finished=False)
+    counted = {tool: rounds[1:] for tool, rounds in runs.items()}  # the first round warms up
+    figures = {f: compare(counted["lowbit"], counted["guidellm"], f) for f in FIGURES}
     for name, c in figures.items():
         i = c["ratio"]
         print(f"{name:13} lowbit {c['lowbit']:.5g}  GuideLLM {c['guidellm']:.5g}  ratio {i['estimate']:.3f} "
               f"({i['low']:.3f} to {i['high']:.3f}), a tool's own rounds differ by {c['own_spread']:.1%}: "
               f"{'within' if c['within_noise'] else 'OUTSIDE'} the noise")  # fmt: skip
-    load = {k: getattr(a, k) for k in ("rounds", "requests", "concurrency", "prompt", "output")}
-    head = {"created": datetime.now(UTC).isoformat(timespec="seconds"), "environment": environment(), "load": load}
-    Path(a.json).write_text(json.dumps(head | {"figures": figures, "runs": runs}, indent=1) + "\n")
+    save(a.file, settings, {"figures": figures, "runs": counted}, finished=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """The tables of docs/benchmarking.md from benchmarks/results/: agreement, ablation, search, whatif.
 
-python benchmarks/docs_tables.py
+python benchmarks/docs_tables.py [--results DIRECTORY] [--docs FILE]
 """
 
+import argparse
 import json
 import re
 from collections.abc import Callable
@@ -47,12 +48,13 @@ def ablation(d: dict[str, Any]) -> str:
             f"{r['tokens_per_s']:.0f}",
             f"{r['speedup']:.2f}x",
             str(r["tokens_computed"]),
+            f"{r['equal_tokens']:.0%}",
         )
         for r in d["rows"]
     ]
     w = d["workload"]
-    head = ("", "seconds", "tokens/s", "speed-up", "tokens computed")
-    said = f"\n{w['requests']} requests of {w['shared']} common and {w['own']} own tokens, {w['output']} tokens each. "
+    head = ("", "seconds", "tokens/s", "speed-up", "tokens computed", "same tokens")
+    said = f"\n{w['requests']} requests of {w['shared']} common and {w['own']} own tokens, {w['answer']} tokens each. "
     return rows(head, body) + said + made_on(d).lstrip()
 
 
@@ -98,15 +100,21 @@ TABLES: dict[str, tuple[str, Callable[[dict[str, Any]], str]]] = {
 
 
 def main() -> None:
-    text = DOCS.read_text(encoding="utf-8")
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.add_argument("--results", type=Path, default=RESULTS)
+    p.add_argument("--docs", type=Path, default=DOCS)
+    a = p.parse_args()
+    text = a.docs.read_text(encoding="utf-8")
     for name, (file, table) in TABLES.items():
-        if not (RESULTS / file).exists():
-            print(f"{name}: there is no {file} yet")
+        found = json.loads((a.results / file).read_text(encoding="utf-8")) if (a.results / file).exists() else {}
+        if not found.get("finished"):
+            print(f"{name}: {file} is {'not finished' if found else 'not there'} yet")
             continue
-        shown = table(json.loads((RESULTS / file).read_text(encoding="utf-8")))
         marks = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
-        text = re.sub(f"{marks[0]}.*?{marks[1]}", lambda _m, m=marks, s=shown: m[0] + s + m[1], text, flags=re.S)
-    DOCS.write_text(text, encoding="utf-8")
+        shown = marks[0] + table(found) + marks[1]
+        text, replaced = re.subn(f"{marks[0]}.*?{marks[1]}", lambda _m, s=shown: s, text, flags=re.S)
+        print(f"{name}: " + ("written" if replaced else f"no markers in {a.docs}"))
+    a.docs.write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,34 +4,42 @@ Both run on the same candidates with a 1 % limit on perplexity: `exhaustive` mak
 windows and times it; `tune` as it is by default. The speed of what each recommends is compared by the exhaustive run's
 own measurements, so that both figures come from one series of turns.
 
-    python benchmarks/tune_search.py [--model demo] [--text FILE] [--limit 0.01]
+Each of the two is written when it is done, and is not done again after an interruption (its time is measured in one
+piece). On two cores the search takes a minute or two and the exhaustive run about ten.
+
+    python benchmarks/tune_search.py [--model demo] [--text FILE] [--limit 0.01] [--output FILE]
 """
 
 import argparse
-import json
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from lowbit.environment import environment
+from partial import RESULTS, known, save
+
 from lowbit.tuning import tune
 from lowbit.tuning.candidates import FULL, Candidate
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS = ROOT / "benchmarks" / "results" / "tune_search.json"
 MOST_SLOWER, MOST_TIME = 1.05, 0.25
 
 
-def run(model: str, text: str | None, output: Path, limit: float, *, exhaustive: bool) -> tuple[dict[str, Any], float]:
-    """(the document, seconds)"""
-    candidates = [Candidate(method, scheme) for method, scheme in FULL]
-    start = time.monotonic()
-    document = tune(
-        model, output, text, candidates=candidates, exhaustive=exhaustive, max_ppl_increase=limit, optimize="tpot"
-    )
-    return document, time.monotonic() - start
+def run(a: argparse.Namespace, *, exhaustive: bool) -> dict[str, Any]:
+    """{seconds, recommendation, original, rows} of one of the two."""
+    candidates = [Candidate(*pair.split(":")) for pair in a.candidates.split(",")]
+    with tempfile.TemporaryDirectory() as place:
+        start = time.monotonic()
+        document = tune(
+            a.model, Path(place) / "out", a.text, candidates=candidates, exhaustive=exhaustive, repeats=a.repeats,
+            max_ppl_increase=a.limit, optimize="tpot",
+        )  # fmt: skip
+        seconds = time.monotonic() - start
+    return {
+        "seconds": seconds,
+        "recommendation": document["recommendation"],
+        "original": document["original"]["bench"]["tpot_s"]["median"],
+        "rows": rows(document),
+    }
 
 
 def rows(document: dict[str, Any]) -> list[dict[str, Any]]:
@@ -47,50 +55,53 @@ def rows(document: dict[str, Any]) -> list[dict[str, Any]]:
     ]
 
 
+def compare(search: dict[str, Any], everything: dict[str, Any]) -> dict[str, Any]:
+    """What the search found against the fastest of all that keep the limit, by the exhaustive run's times."""
+    times = {r["name"]: r["tpot_s"] for r in everything["rows"] if r["tpot_s"]} | {"original": everything["original"]}
+    good = [r["name"] for r in everything["rows"] if r["verdict"] == "ok"]
+    fastest, found = min(good, key=times.__getitem__, default="original"), search["recommendation"]["name"]
+    slower = times[found] / times[fastest] if found in times else None
+    share = search["seconds"] / everything["seconds"]
+    return {
+        "found": found,
+        "fastest": fastest,
+        "tpot_of_found_over_fastest": slower,
+        "seconds": {"search": search["seconds"], "exhaustive": everything["seconds"]},
+        "share_of_time": share,
+        "kept": slower is not None and slower <= MOST_SLOWER and share <= MOST_TIME,
+        "search": search["rows"],
+        "exhaustive": everything["rows"],
+    }
+
+
+def show(name: str, found: dict[str, Any]) -> None:
+    print(f"{name}: {found['seconds']:.0f} s, recommends {found['recommendation']['name']}")
+    for r in found["rows"]:
+        tpot = "" if r["tpot_s"] is None else f"{r['tpot_s'] * 1e3:.3f} ms"
+        print(f"  {r['name']:28} {tpot:>10}  {r['verdict']}", flush=True)
+
+
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", default="demo")
     p.add_argument("--text")
     p.add_argument("--limit", type=float, default=0.01)
-    p.add_argument("--json", default=str(RESULTS))
+    p.add_argument("--repeats", type=int, default=5)
+    p.add_argument("--candidates", metavar="METHOD:SCHEME,...", default=",".join(f"{m}:{s}" for m, s in FULL))
+    p.add_argument("--output", "--json", dest="file", type=Path, default=RESULTS / "tune_search.json")
     a = p.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        searched, search_seconds = run(a.model, a.text, Path(place) / "search", a.limit, exhaustive=False)
-        everything, all_seconds = run(a.model, a.text, Path(place) / "all", a.limit, exhaustive=True)
-    measured = {c["name"]: c["bench"]["tpot_s"]["median"] for c in everything["candidates"] if c.get("bench")}
-    measured["original"] = everything["original"]["bench"]["tpot_s"]["median"]
-    fastest = min(
-        (c["name"] for c in everything["candidates"] if c["verdict"] == "ok"),
-        key=measured.__getitem__,
-        default="original",
-    )
-    found = searched["recommendation"]["name"]
-    slower = measured[found] / measured[fastest] if found in measured else None
-    share = search_seconds / all_seconds
-    kept = slower is not None and slower <= MOST_SLOWER and share <= MOST_TIME
-    result = {
-        "created": datetime.now(UTC).isoformat(timespec="seconds"),
-        "environment": environment(),
-        "model": a.model,
-        "limit": a.limit,
-        "found": found,
-        "fastest": fastest,
-        "tpot_of_found_over_fastest": slower,
-        "seconds": {"search": search_seconds, "exhaustive": all_seconds},
-        "share_of_time": share,
-        "kept": kept,
-        "search": rows(searched),
-        "exhaustive": rows(everything),
-    }
-    Path(a.json).write_text(json.dumps(result, indent=1) + "\n")
-    for name, document in (("search", searched), ("exhaustive", everything)):
-        print(f"{name}:")
-        for r in rows(document):
-            tpot = "" if r["tpot_s"] is None else f"{r['tpot_s'] * 1e3:.3f} ms"
-            print(f"  {r['name']:28} {tpot:>10}  {r['verdict']}")
-    print(f"found {found}, fastest {fastest}: {slower} x its time per token (limit {MOST_SLOWER})")
-    print(f"{search_seconds:.0f} s against {all_seconds:.0f} s: {share:.0%} (limit {MOST_TIME:.0%})")
-    print("kept" if kept else "NOT kept")
+    settings = {k: v for k, v in vars(a).items() if k != "file"}
+    done: dict[str, Any] = known(a.file, settings).get("measured", {})
+    for name in ("search", "everything"):
+        if name not in done:
+            done[name] = run(a, exhaustive=name == "everything")
+            save(a.file, settings, {"measured": done}, finished=False)
+        show(name, done[name])
+    c = compare(done["search"], done["everything"])
+    save(a.file, settings, c, finished=True)
+    print(f"found {c['found']}, fastest {c['fastest']}: {c['tpot_of_found_over_fastest']} x its time per token "
+          f"(limit {MOST_SLOWER}), in {c['share_of_time']:.0%} of the time (limit {MOST_TIME:.0%}): "
+          f"{'kept' if c['kept'] else 'NOT kept'}")  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -15,7 +15,8 @@ import pytest
 
 from lowbit.report import write_report
 from lowbit.report.view import _difference as difference
-from lowbit.report.view import between, digits, duration, milliseconds, percent, size, times, view
+from lowbit.report.view import view
+from lowbit.report.words import between, digits, duration, milliseconds, percent, size, times
 
 CHROMIUM = Path("/usr/bin/chromium")
 HOSTILE = '</script><img src=x onerror="window.hit=1">\'"&<!--<script>window.hit=1</script>—日本語\u2028{{ 7*7 }}'
@@ -100,7 +101,7 @@ def _candidate(
 
 @pytest.fixture
 def document() -> dict[str, Any]:
-    """A small tune document, made by hand: five measured candidates, one that crashed."""
+    """A small tune document, made by hand: six measured candidates, one that crashed."""
     prompt = 'def read_all(path, encoding=\'utf-8\'):\n    """Return the text of a file."""\n'
     same = "    with open(path, encoding=encoding) as stream:\n        return stream.read"
     return {
@@ -138,6 +139,7 @@ def document() -> dict[str, Any]:
             _candidate("gptq", "w4a16", 0.0062, 6.1e-3, 0.00141, 10_900_000, "ok", 0.41),
             _candidate("rtn", "w3a16", 0.143, 1.1e-1, 0.00128, 9_400_000,
                        "too inaccurate: perplexity +14.30%, limit +1.00%"),
+            _candidate("gptq", "w4a16-g32", 0.0051, 5.2e-3, 0.0046, 12_100_000, "no gain: 0.89x faster per token"),
             {"name": "w4a8-gptq", "scheme": "w4a8", "method": "gptq", "error": "the process was killed",
              "verdict": "failed: the process was killed"},
         ],
@@ -255,7 +257,7 @@ def test_picture_has_a_point_for_the_original_and_each_measured_candidate(
     assert data["limit"] == 1.0
     assert {p["name"]: p["kind"] for p in data["points"]} == {
         "original": "original", "w8a8-rtn": "ok", "w8a8-gptq": "ok", "w4a16-rtn": "out", "w4a16-gptq": "chosen",
-        "w3a16-rtn": "out",
+        "w3a16-rtn": "out", "w4a16-g32-gptq": "out",
     }  # fmt: skip
     gptq = next(p for p in data["points"] if p["name"] == "w4a16-gptq")
     assert (gptq["x"], gptq["ppl"], gptq["kl"], gptq["bytes"]) == pytest.approx((1.41, 0.62, 0.0061, 10.9e6))
@@ -265,6 +267,58 @@ def test_picture_has_a_point_for_the_original_and_each_measured_candidate(
     said = next(a["aria-label"] or "" for _, a in page.tags if a.get("id") == "chart")
     assert "w4a16-gptq: time per token 1.41 ms" in " ".join(said.split())
     assert "The picture as a table" in page.text
+
+
+def test_every_point_that_is_ruled_out_says_why(document: dict[str, Any], tmp_path: Path) -> None:
+    """Above the limit the picture says it; a point within it and yet no answer is a square with its reason."""
+    page = _page(document, tmp_path)
+    points = {p["name"]: p for p in view(document)["chart"]["points"]}
+    assert points["w4a16-g32-gptq"]["ppl"] < view(document)["chart"]["limit"]
+    assert {n for n, p in points.items() if p["elsewhere"]} == {"w4a16-g32-gptq"}
+    for c in document["candidates"][:-1]:
+        said = {"ok": "within the limits"}.get(c["verdict"], c["verdict"])
+        said = "recommended" if c["name"] == "w4a16-gptq" else said
+        assert ["verdict", said] in points[c["name"]]["words"]
+    assert "ruled out: too inaccurate ruled out: no gain" in page.text  # the legend
+    assert page.text.count("no gain: 0.89x faster per token") == 2  # the picture as a table; before and after
+
+
+@pytest.mark.parametrize(
+    ("verdict", "short"),
+    [
+        ("too large: peak memory 100 MB, limit 10 MB", "too large: peak memory"),
+        ("no gain: 0.89x faster per token", "no gain"),
+        ("not outside the noise: 1.20x faster per token, 95% interval", "not outside the noise"),
+        ("too inaccurate: right answers lost: 4.00 points, limit 1.00 points (quiz ...)",
+         "too inaccurate: right answers lost"),
+        ("failed: running failed", "failed: running failed"),
+        ("not judged", "not judged"),
+    ],
+)  # fmt: skip
+def test_the_legend_names_reasons_without_their_figures(verdict: str, short: str, document: dict[str, Any]) -> None:
+    document["candidates"][0]["verdict"] = verdict
+    assert short in view(document)["ruled_out"]["square"]
+
+
+def test_answers_throughput_and_cost_are_shown_where_they_were_asked_for(
+    document: dict[str, Any], tmp_path: Path
+) -> None:
+    plain = view(document)
+    assert "Right answers" not in plain["columns"]
+    assert "US$ per million" not in plain["columns"]
+    document["limits"] |= {"optimize": "cost", "tasks": ["quiz.yaml"], "concurrency": 8, "max_task_drop": 0.02}
+    asked = {"quiz": {"metrics": {"acc": {"value": 0.75}}}}
+    chosen = document["candidates"][3]
+    chosen["evaluate"]["tasks"] = asked
+    chosen["task_drops"] = [{"task": "quiz", "metric": "acc", "mcnemar": {"p_value": 0.031}}]
+    chosen |= {"concurrent": {"throughput_tokens_per_s": 4321.0}, "cost_per_million_tokens": 0.0129}
+    chosen["ratio"]["cost"] = 2.5
+    page = _page(document, tmp_path).text
+    for part in ("75 %quiz, acc, p = 0.031", "4321 with 8 at once", "0.0129", "2.50× cheaper per token"):
+        assert part in page
+    assert "--tasks quiz.yaml --max-task-drop 0.02 --concurrency 8 --optimize cost" in view(document)["reproduce"]
+    document["limits"]["optimize"] = "kl"
+    assert "Use w4a16-gptq: the closest to the original within the limits, 2.91× faster" in view(document)["sentence"]
 
 
 def test_layers_show_the_share_of_rtns_loss(document: dict[str, Any]) -> None:
@@ -328,7 +382,7 @@ def test_commands_can_be_pasted(document: dict[str, Any], tmp_path: Path) -> Non
     document["limits"] |= {"max_kl": 0.01, "max_tpot": 0.02}
     again = view(document)["reproduce"]
     assert "--max-kl 0.01 --max-tpot 0.02" in again
-    assert "--methods rtn,gptq --schemes w8a8,w4a16,w3a16,w4a8 --exhaustive" in again
+    assert "--methods rtn,gptq --schemes w8a8,w4a16,w3a16,w4a16-g32,w4a8 --exhaustive" in again
     assert "--calibration other.txt" in again
     assert "lowbit bench out/candidates/w4a16-gptq --against demo" in page.text
 
@@ -538,6 +592,10 @@ def test_browser_draws_one_point_per_candidate(document: dict[str, Any], browser
                     "name => [...document.querySelectorAll('.tip b')].some(b => b.textContent === name)",
                     arg=point["name"],
                 )
+                verdict = next(c["verdict"] for c in [{"name": "original", "verdict": "as it is"},
+                               *document["candidates"]] if c["name"] == point["name"])  # fmt: skip
+                if verdict not in ("ok", "as it is"):  # who points at it reads why it is no answer
+                    assert verdict in visit.page.locator(".tip").last.inner_text()
         weights = {"original": 33.6, "w4a16-gptq": 10.9}
         sizes = {p["name"]: p["size"] for p in points}
         assert (sizes["original"] / sizes["w4a16-gptq"]) ** 2 == pytest.approx(  # area is weight bytes

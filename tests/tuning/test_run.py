@@ -9,8 +9,9 @@ import pytest
 from lowbit.errors import InputError, LowbitError
 from lowbit.tuning import run
 from lowbit.tuning.candidates import Candidate
-from lowbit.tuning.decide import Limits, measured
+from lowbit.tuning.decide import measured
 from lowbit.tuning.isolate import JobError, JobLimits
+from lowbit.tuning.limits import Limits
 from lowbit.tuning.run import Job, Notebook, measure_accuracy, measure_speed, narrow, quantize_all
 from lowbit.tuning.split import Split
 
@@ -102,9 +103,10 @@ def test_one_that_cannot_be_run_is_listed_and_the_rest_is_timed(job: Job, monkey
     def bench(models: list[str], **_words: Any) -> dict[str, Any]:
         if any("fp8" in m for m in models):
             raise LowbitError("the process that measures it was killed")
-        return {"results": [{"model": m} for m in models], "ratios": [{"model": m} for m in models]}
+        ratios = [{"model": m, "throughput": 2.0, "intervals": None} for m in models]
+        return {"results": [{"model": m} for m in models], "ratios": ratios}
 
     monkeypatch.setattr(run, "bench", bench)
-    assert measure_speed(job, rows, 5, None, 0) is not None
+    assert measure_speed(job, rows, 5, None) is not None
     assert [c["scheme"] for c in rows if c["error"]] == ["fp8"]
     assert all("bench" in c and "ratio" in c for c in measured(rows))

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from lowbit.errors import InputError, LowbitError
 from lowbit.tuning import summary, tune
 from lowbit.tuning.candidates import Candidate
-from lowbit.tuning.decide import Limits, pareto, recommend, verdict
+from lowbit.tuning.decide import pareto, recommend, verdict
 from lowbit.tuning.isolate import JobError, JobLimits, run_job
+from lowbit.tuning.limits import Limits
 from lowbit.tuning.split import split_documents
 from lowbit.tuning.worker import answer
 
@@ -128,7 +129,7 @@ def test_limits_that_contradict_each_other_are_said_to() -> None:
 
 
 def test_the_original_is_no_answer_if_it_breaks_a_limit_too() -> None:
-    bench = {"tpot_s": {"median": 0.01}, "ttft_s": {"median": 0.1}, "peak_memory_bytes": 10**9}
+    bench = {"bench": {"tpot_s": {"median": 0.01}, "ttft_s": {"median": 0.1}, "peak_memory_bytes": 10**9}}
     small, big = Limits(max_memory=10**7), Limits(max_memory=10**10, max_ppl_increase=1e-6)
     assert decide(candidate("a", 2.0, 0.005), limits=small, original=bench)["name"] is None
     assert decide(candidate("a", 2.0, 0.005), limits=big, original=bench)["name"] == "original"
@@ -143,7 +144,7 @@ def test_tune_end_to_end(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Candidates that fail are listed, the rest goes on; a second run with --resume computes nothing again."""
     text = tmp_path / "text.txt"
     text.write_text((Path(__file__).parents[2] / "src/lowbit/demo/evaluation.txt").read_text()[:40_000])
-    monkeypatch.setattr("lowbit.tuning.SEQ_LEN", 64)
+    monkeypatch.setattr("lowbit.tuning.prepare.SEQ_LEN", 64)
     monkeypatch.setattr("lowbit.tuning.run.bench", lambda *a, **k: fake_bench(*a, **k))
     monkeypatch.setattr("lowbit.tuning.run.run_job", in_this_process)  # the real one has tests of its own
     out = tmp_path / "out"
@@ -164,6 +165,18 @@ def test_tune_end_to_end(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert jobs == []
     for c in again["candidates"]:
         assert c["evaluate"] == by_name[c["name"]]["evaluate"]
+    cheapest = tune(
+        tiny, out, text, candidates=[first[0], first[2]], repeats=1, max_ppl_increase=10, resume=True, optimize="cost",
+        concurrency=4,
+    )  # fmt: skip
+    assert cheapest["original"]["cost_per_million_tokens"] == pytest.approx(0.1 / (3600 * 40 * 0.5) * 1e6)
+    assert "2.00x cheaper per token" in cheapest["recommendation"]["reasons"][0]
+    assert "tokens/s x 4  US$/M tokens  verdict" in summary(cheapest)
+    closest = tune(
+        tiny, out, text, candidates=[first[0], first[2]], repeats=1, max_ppl_increase=10, resume=True, optimize="kl"
+    )
+    assert closest["recommendation"]["name"] == "original"
+    assert "do not quantize" in summary(closest)
     with pytest.raises(InputError, match="made with another seed"):
         tune(tiny, out, text, candidates=first, repeats=1, resume=True, seed=1)
 
@@ -173,7 +186,7 @@ def test_only_what_can_be_the_answer_is_made(tiny: Path, tmp_path: Path, monkeyp
     """Five candidates, the fastest of which keeps the limit: one is made. --exhaustive --resume makes the others."""
     text = tmp_path / "text.txt"
     text.write_text((Path(__file__).parents[2] / "src/lowbit/demo/evaluation.txt").read_text()[:30_000])
-    monkeypatch.setattr("lowbit.tuning.SEQ_LEN", 64)
+    monkeypatch.setattr("lowbit.tuning.prepare.SEQ_LEN", 64)
     monkeypatch.setattr("lowbit.tuning.run.bench", lambda *a, **k: fake_bench(*a, **k))
     monkeypatch.setattr("lowbit.tuning.run.run_job", in_this_process)
     times = {"w3a16-g32": 1.0, "w4a16-g32": 1.4, "w8a8": 2.0, "fp8": 4.0}
@@ -218,14 +231,20 @@ def test_a_candidate_is_made_in_a_process_of_its_own(tiny: Path, tmp_path: Path)
         run_job(request | {"output": str(tmp_path / "r"), "words": {"scheme": "w4a16", "method": "rtn"}}, JobLimits())
 
 
-def fake_bench(models: list[str], *, against: str | None = None, **_words: Any) -> dict[str, Any]:
+def fake_bench(
+    models: list[str], *, against: str | None = None, batch_sizes: tuple[int, ...] = (1,), **_words: Any
+) -> dict[str, Any]:
     """Timings are of no interest here; whatever is quantized is twice as fast."""
-    bench = candidate("x", 1.0, 0.0)["bench"] | {"throughput_tokens_per_s": 1.0, "mbu": 0.5}
+    bench = candidate("x", 1.0, 0.0)["bench"] | {"mbu": 0.5}
     names = [str(against), *models]
     return {
         "peak_bandwidth_bytes_per_s": 1e10,
-        "results": [bench | {"model": n, "scenario": {}} for n in names],
-        "ratios": [candidate("x", 2.0, 0.0)["ratio"] | {"model": n} for n in models],
+        "results": [
+            bench | {"model": n, "scenario": {}, "throughput_tokens_per_s": 10.0 * b * (1 + (n != str(against)))}
+            for b in batch_sizes
+            for n in names
+        ],
+        "ratios": [candidate("x", 2.0, 0.0)["ratio"] | {"model": n} for _ in batch_sizes for n in models],
         "grid": [],
     }
 

@@ -77,6 +77,13 @@ def evaluate_tasks(
     }
 
 
+def check_tasks(tasks: Sequence[str]) -> None:
+    """Raises InputError for what `evaluate_tasks` would refuse before it asks any model."""
+    _harness()
+    with _quiet():
+        task_manager([task_spec(name) for name in tasks], tasks)
+
+
 def compare(own: Sequence[dict[str, Any]], other: Sequence[dict[str, Any]], metric: str) -> dict[str, Any]:
     """{difference, mcnemar} of one metric on the same samples: the mean difference with its interval, and for right or
     wrong answers the exact test (else None). Raises ValueError if the samples are not the same."""

@@ -12,7 +12,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from lowbit.errors import InputError
+from lowbit.errors import InputError, nearest
 
 BUILT_IN = Path(__file__).parent / "model-catalog.json"
 _MODEL = {"provider": str, "model": str, "input_per_million": float, "output_per_million": float}
@@ -29,6 +29,14 @@ def read_catalog(own: Path | None = None) -> dict[str, list[dict[str, Any]]]:
         "models": _merged(catalog["models"], added["models"], ("provider", "model")),
         "hardware": _merged(catalog["hardware"], added["hardware"], ("name",)),
     }
+
+
+def usd_per_hour(catalog: dict[str, list[dict[str, Any]]], hardware: str) -> float:
+    """What an hour of it costs. Raises InputError for hardware that the catalog does not have."""
+    prices = {str(h["name"]): float(h["usd_per_hour"]) for h in catalog["hardware"]}
+    if hardware not in prices:
+        raise InputError(f"--hardware {hardware}: {nearest(hardware, prices)} Add yours with --catalog FILE.")
+    return prices[hardware]
 
 
 def _checked(path: Path) -> dict[str, list[dict[str, Any]]]:

@@ -18,6 +18,7 @@ def reproduce(document: dict[str, Any]) -> str:
     for key in ("max_kl", "max_ttft", "max_tpot"):
         most = number(limits.get(key))
         words += [f"--{key.replace('_', '-')}", f"{most:.10g}"] if most is not None else []
+    words += _more(limits)
     words += ["--optimize", str(limits["optimize"])] if limits.get("optimize") else []
     if document.get("own_candidates"):
         for key in ("method", "scheme"):
@@ -28,6 +29,19 @@ def reproduce(document: dict[str, Any]) -> str:
     words += ["--seed", str(document["seed"])] if document.get("seed") is not None else []
     words += ["-o", str(document.get("output") or "OUT")]
     return shlex.join(words)
+
+
+def _more(limits: dict[str, Any]) -> list[str]:
+    """Tasks, and what is held at a concurrency."""
+    words = ["--tasks", ",".join(limits["tasks"])] if limits.get("tasks") else []
+    for key, plain in (
+        ("task_limit", None), ("max_task_drop", None), ("min_throughput", None), ("max_cost", None),
+        ("concurrency", 1), ("hardware", "this machine"),
+    ):  # fmt: skip
+        value = limits.get(key)
+        if value is not None and value != plain:
+            words += [f"--{key.replace('_', '-')}", value if isinstance(value, str) else f"{value:.10g}"]
+    return words
 
 
 def deploy(document: dict[str, Any], chosen: dict[str, Any] | None) -> dict[str, str] | None:

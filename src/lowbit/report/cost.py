@@ -31,6 +31,11 @@ def seconds_per_request(ttft: float, tpot: float, traffic: Traffic) -> float:
     return ttft + tpot * (traffic.output - 1)
 
 
+def per_million_tokens(usd_per_hour: float, tokens_per_s: float, utilization: float = Traffic.utilization) -> float:
+    """US dollars for a million generated tokens on hardware of one's own."""
+    return usd_per_hour / (3600 * tokens_per_s * utilization) * 1e6
+
+
 def own_cost(ttft: float, tpot: float, usd_per_hour: float, traffic: Traffic) -> dict[str, float]:
     """{machines, per_month, per_million_output_tokens} on hardware of one's own; at least one machine."""
     rate = traffic.batch / seconds_per_request(ttft, tpot, traffic) * traffic.utilization  # requests a second
@@ -38,7 +43,7 @@ def own_cost(ttft: float, tpot: float, usd_per_hour: float, traffic: Traffic) ->
     return {
         "machines": machines,
         "per_month": machines * usd_per_hour * HOURS_PER_MONTH,
-        "per_million_output_tokens": usd_per_hour / (3600 * rate * traffic.output) * 1e6,
+        "per_million_output_tokens": per_million_tokens(usd_per_hour, rate * traffic.output, utilization=1.0),
     }
 
 

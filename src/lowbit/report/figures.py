@@ -4,6 +4,7 @@ import re
 from statistics import median
 from typing import Any
 
+from lowbit.report.table import kind, reason
 from lowbit.report.words import NONE, Z95, digits, get, interval95, milliseconds, number, percent, signed, size, text
 
 # ---- the picture of speed against accuracy ----
@@ -15,24 +16,43 @@ def chart_of(document: dict[str, Any], chosen: dict[str, Any] | None) -> dict[st
     truth, floor = get(original, "evaluate", "perplexity"), get(original, "noise_floor")
     own = number(get(floor, "perplexity"))
     drift = 0.0 if own is None or not number(truth) else own / truth - 1
-    points = [_point("original", "original", original.get("bench"), drift, None, get(floor, "kl") or 0.0, None)]
+    bench, noise = original.get("bench"), get(floor, "kl") or 0.0
+    points = [_point("original", "original", "as it is", bench, (drift, None, noise, None))]
     for c in document.get("candidates") or []:
         e = c.get("evaluate")
-        kind = "chosen" if c is chosen else "ok" if c.get("verdict") == "ok" else "out"
         increase, error = (get(e, k) for k in ("perplexity_increase", "perplexity_increase_stderr"))
-        kl = get(e, "kl")
-        points.append(
-            _point(text(c.get("name")), kind, c.get("bench"), increase, error, get(kl, "mean"), get(kl, "stderr"))
-        )
+        loss = increase, error, get(e, "kl", "mean"), get(e, "kl", "stderr")
+        points.append(_point(text(c.get("name")), kind(c, chosen), reason(c, chosen), c.get("bench"), loss))
     limit = number(get(document, "limits", "max_ppl_increase"))
     pareto = set(document.get("pareto") or [])
     drawn = [p | {"pareto": p["name"] in pareto} for p in points if p]
     return {"limit": None if limit is None else 100 * limit, "points": drawn}
 
 
-def _point(
-    name: str, kind: str, bench: Any, increase: Any, increase_error: Any, kl: Any, kl_error: Any
-) -> dict[str, Any] | None:
+_SEEN = "too inaccurate: perplexity"  # the reason that the picture shows by itself: above the line
+_NUMBER = re.compile(r"[:\s]*[-+−]?\d.*|:.*", re.S)
+
+
+def ruled_out(chart: dict[str, Any]) -> dict[str, list[str]]:
+    """{symbol: the reasons, in short}, for the legend: a square is a point that another limit than the one drawn, or
+    too little gain, has ruled out."""
+    found: dict[str, list[str]] = {"circle": [], "square": []}
+    for p in chart["points"]:
+        if p["kind"] == "out":
+            words = "too inaccurate" if not p["elsewhere"] else _in_short(p["why"])
+            found["square" if p["elsewhere"] else "circle"].append(words)
+    return {symbol: list(dict.fromkeys(words)) for symbol, words in found.items() if words}
+
+
+def _in_short(why: str) -> str:
+    """'too large: peak memory 100 MB, limit 10 MB' -> 'too large: peak memory'; 'no gain: 1.01x ...' -> 'no gain'."""
+    head, colon, rest = why.partition(": ")
+    return head + (colon + _NUMBER.sub("", rest) if rest[:1].isalpha() else "")
+
+
+def _point(name: str, kind: str, why: str, bench: Any, loss: tuple[Any, Any, Any, Any]) -> dict[str, Any] | None:
+    """`loss`: perplexity increase and KL, each with its standard error."""
+    increase, increase_error, kl, kl_error = loss
     x, ppl, nats = (number(v) for v in (get(bench, "tpot_s", "median"), increase, kl))
     if x is None or (ppl is None and nats is None):
         return None
@@ -41,6 +61,8 @@ def _point(
     return {
         "name": name,
         "kind": kind,
+        "why": why,
+        "elsewhere": kind == "out" and not why.startswith(_SEEN),
         "x": 1e3 * x,
         "bytes": weights,
         "ppl": None if ppl is None else 100 * ppl,
@@ -52,6 +74,7 @@ def _point(
             ["perplexity", signed(ppl) + (f" ({spread})" if spread else "")],
             ["KL divergence", digits(nats)],
             ["weights", size(weights)],
+            ["verdict", why],
         ],
     }
 

@@ -61,7 +61,7 @@
     const labels = (ends, formatter) => ({ axisLabel: { ...text, formatter, hideOverlap: true, showMinLabel: ends, showMaxLabel: ends } });
     const symbols = shown.map((p) => ({
       point: p, value: place(p), name: p.name,
-      symbol: beyond(p) ? "triangle" : p.kind === "original" ? "diamond" : "circle",
+      symbol: beyond(p) ? "triangle" : p.kind === "original" ? "diamond" : p.elsewhere ? "rect" : "circle",
       symbolSize: beyond(p) ? 12 : Math.max(10, (narrow ? 32 : 44) * Math.sqrt((p.bytes || heaviest / 4) / heaviest)),
       itemStyle: { color: `color-mix(in srgb, ${ink[p.kind]} ${100 * fill[p.kind]}%, transparent)`, borderColor: ink[p.kind], borderWidth: 1.5, opacity: 1 },
       emphasis: { itemStyle: { color: `color-mix(in srgb, ${ink[p.kind]} ${100 * fill[p.kind]}%, transparent)`, borderColor: ink[p.kind], borderWidth: 2.5 } },

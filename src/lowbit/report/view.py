@@ -8,14 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from lowbit.report.commands import deploy, reproduce
-from lowbit.report.figures import chart_of, chart_words, heatmap
+from lowbit.report.figures import chart_of, chart_words, heatmap, ruled_out
+from lowbit.report.table import columns, rows
 from lowbit.report.whatif import whatif_data
 from lowbit.report.words import (
     NONE,
-    Z95,
-    between,
     digits,
-    duration,
     get,
     interval95,
     milliseconds,
@@ -32,7 +30,9 @@ _OBJECTIVES = {  # limits.optimize -> (key of `ratio`, words above 1, words belo
     "ttft": ("ttft", "sooner to the first token", "later to the first token"),
     "throughput": ("throughput", "higher in throughput", "lower in throughput"),
     "memory": ("memory", "smaller in memory", "larger in memory"),
+    "cost": ("cost", "cheaper per token", "dearer per token"),
 }
+_ACCURACY = ("perplexity", "kl", "tasks")  # what the original has most of
 
 
 def view(document: dict[str, Any]) -> dict[str, Any]:
@@ -51,10 +51,11 @@ def view(document: dict[str, Any]) -> dict[str, Any]:
         "version": text(document.get("lowbit_version")),
         "reasons": get(document, "recommendation", "reasons") or [],
         "tiles": _tiles(document, original, chosen),
-        "columns": COLUMNS,
-        "rows": [_original_row(original), *(_candidate_row(c, c is chosen) for c in candidates)],
+        "columns": columns(document),
+        "rows": rows(document, chosen),
         "chart": chart,
         "chart_words": chart_words(chart),
+        "ruled_out": ruled_out(chart),
         "heatmaps": [h for c in first if (h := heatmap(c, c is chosen))],
         "samples": [_sample(s, [c.get("name") for c in first]) for s in document.get("samples") or []],
         "facts": _facts(document, original, chosen),
@@ -83,10 +84,14 @@ def _sentence(document: dict[str, Any], chosen: dict[str, Any] | None) -> str:
         if not _says_original(document):
             return "No recommendation was made."
         limit = get(document, "limits", "max_ppl_increase")
+        if get(document, "limits", "optimize") in _ACCURACY:
+            return "Do not quantize: the original keeps all limits itself."
         within = "" if limit is None else f" within a perplexity increase of {percent(limit)}"
         return f"Do not quantize: nothing measured here is {more}{within}."
     gain, cost = get(chosen, "ratio", key), get(chosen, "evaluate", "perplexity_increase")
-    parts = [] if number(gain) is None else [times(gain, more, less)]
+    closest = get(document, "limits", "optimize") in _ACCURACY
+    parts = ["the closest to the original within the limits"] if closest else []
+    parts += [] if number(gain) is None else [times(gain, more, less)]
     parts += [] if number(cost) is None else [f"{percent(cost, '+')} perplexity"]
     return f"Use {chosen['name']}" + (f": {', '.join(parts)}." if parts else ".")
 
@@ -123,80 +128,6 @@ def _tiles(document: dict[str, Any], original: dict[str, Any], chosen: dict[str,
             ("First token", times(first, "sooner", "later"), [change("ttft_s", "median", write=milliseconds)]),
         ]
     return [{"label": label, "value": value, "lines": lines} for label, value, lines in tiles if value != NONE]
-
-
-# ---- the table ----
-
-COLUMNS = (
-    "Time per token", "Speed", "First token", "Tokens/s", "Perplexity", "KL divergence", "Same top token",
-    "Weights", "Peak memory", "Bandwidth used", "Quantizing",
-)  # fmt: skip
-
-
-Cell = tuple[str | None, ...]  # the figure, then what stands small below it
-
-
-def _bench_cells(bench: Any) -> dict[str, Cell]:
-    """What a bench result says, by column."""
-
-    def spread(key: str) -> Cell:
-        p90 = get(bench, key, "p90")
-        return milliseconds(get(bench, key, "median")), None if p90 is None else f"p90 {milliseconds(p90)}"
-
-    return {
-        "Time per token": spread("tpot_s"),
-        "First token": spread("ttft_s"),
-        "Tokens/s": (digits(get(bench, "throughput_tokens_per_s")),),
-        "Weights": (size(get(bench, "weight_bytes")), None),
-        "Peak memory": (size(get(bench, "peak_memory_bytes")), None),
-        "Bandwidth used": (percent(get(bench, "mbu"), decimals=0), None),
-    }
-
-
-def _row(name: str, note: str, kind: str, cells: dict[str, Cell]) -> dict[str, Any]:
-    return {"name": name, "note": note, "kind": kind, "cells": [cells.get(c, (NONE,)) for c in COLUMNS]}
-
-
-def _original_row(original: dict[str, Any]) -> dict[str, Any]:
-    floor = original.get("noise_floor")
-    kl, same = number(get(floor, "kl")), number(get(floor, "top1_agreement"))
-    cells = _bench_cells(original.get("bench")) | {
-        "Speed": ("1×", None),
-        "Perplexity": (digits(get(original, "evaluate", "perplexity"), 4), None),
-        "KL divergence": (digits(kl), None if kl is None else "noise floor"),
-        "Same top token": (percent(same, decimals=1), None if same is None else "noise floor"),
-    }
-    return _row("original", "as it is", "original", cells)
-
-
-def _candidate_row(c: dict[str, Any], chosen: bool) -> dict[str, Any]:
-    e, b = c.get("evaluate"), c.get("bench")
-    increase, kl = get(e, "perplexity_increase"), get(e, "kl", "mean")
-    spread = interval95(increase, get(e, "perplexity_increase_stderr"), signed)
-    low, high = (get(c, "ratio", "intervals", "tpot", end) for end in ("low", "high"))
-    speed, error = number(get(c, "ratio", "tpot")), number(get(e, "kl", "stderr"))
-    bits, memory = get(c, "quantize", "bits_per_weight"), get(c, "quantize", "peak_memory_bytes")
-    bench = _bench_cells(b)
-    cells = bench | {
-        "Speed": (NONE if speed is None else f"{digits(speed)}×", between(low, high, lambda x: f"{digits(x)}×")),
-        "Perplexity": (
-            digits(get(e, "perplexity"), 4),
-            None if increase is None else signed(increase),
-            spread,
-        ),
-        "KL divergence": (digits(kl), None if error is None else f"± {digits(Z95 * error, 2)}"),
-        "Same top token": (percent(get(e, "top1_agreement"), decimals=1), None),
-        "Weights": (bench["Weights"][0], None if bits is None else f"{digits(bits)} bits"),
-        "Quantizing": (duration(get(c, "quantize", "seconds")), None if memory is None else f"peak {size(memory)}"),
-    }
-    verdict = str(c.get("verdict") or (f"failed: {c['error']}" if c.get("error") else "not judged"))
-    kind = "chosen" if chosen else "ok" if verdict == "ok" else "out"
-    return _row(text(c.get("name")), "recommended" if chosen else _shorter(verdict), kind, cells)
-
-
-def _shorter(verdict: str, most: int = 240) -> str:
-    verdict = "within the limits" if verdict == "ok" else verdict
-    return verdict if len(verdict) <= most else verdict[: most - 1] + "…"
 
 
 # ---- the samples ----

@@ -1,67 +1,15 @@
 """From measured candidates to one recommendation: filter by the limits, compare with the original, explain."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-OBJECTIVES = {  # name, also of the ratio in the bench document -> what a ratio above 1 means
-    "tpot": "faster per token",
-    "ttft": "faster to the first token",
-    "throughput": "more tokens a second",
-    "memory": "less peak memory",
-}
+import numpy as np
+
+from lowbit.intervals import mean_interval
+from lowbit.tuning.limits import MEASURES, Check, Limits, checks
+
 LEAST_CONFIDENCE = 0.9  # what too few runs cannot give: no winner is called on them
 LEAST_GAIN = 1.03  # a smaller difference is not worth a changed model
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the user can give up and wants: shares, nats, bytes, seconds, and a key of OBJECTIVES. None: no limit."""
-
-    max_ppl_increase: float = 0.01
-    max_memory: int | None = None
-    optimize: str = "tpot"
-    max_kl: float | None = None
-    max_ttft: float | None = None
-    max_tpot: float | None = None
-
-
-@dataclass(frozen=True)
-class Check:
-    """One limit against one candidate."""
-
-    option: str
-    value: float
-    limit: float
-    words: str  # the verdict where it is not met
-
-    @property
-    def met(self) -> bool:
-        return self.value <= self.limit
-
-    @property
-    def excess(self) -> float:
-        """How many times the limit; comparable between limits of different units."""
-        return self.value / self.limit if self.limit else float("inf")
-
-
-def checks(candidate: dict[str, Any], limits: Limits) -> list[Check]:
-    """Every limit that is set, with what this measured candidate has; the worse of selection and confirmation."""
-    parts, bench = (candidate["selection"], candidate["evaluate"]), candidate["bench"]
-    ppl, kl = max(p["perplexity_increase"] for p in parts), max(p["kl"]["mean"] for p in parts)
-    memory, ttft, tpot = bench["peak_memory_bytes"], bench["ttft_s"]["median"], bench["tpot_s"]["median"]
-    found: list[tuple[str, float, float | None, str, Callable[[float], str]]] = [
-        ("--max-ppl-increase", ppl, limits.max_ppl_increase, "too inaccurate: perplexity", lambda x: f"{x:+.2%}"),
-        ("--max-kl", kl, limits.max_kl, "too inaccurate: KL", lambda x: f"{x:.5f}"),
-        ("--max-memory", memory, limits.max_memory, "too large: peak memory", lambda x: f"{x / 1e6:.0f} MB"),
-        ("--max-ttft", ttft, limits.max_ttft, "too slow: first token", lambda x: f"{x * 1e3:.1f} ms"),
-        ("--max-tpot", tpot, limits.max_tpot, "too slow: per token", lambda x: f"{x * 1e3:.2f} ms"),
-    ]
-    return [
-        Check(option, value, limit, f"{words} {write(value)}, limit {write(limit)}")
-        for option, value, limit, words, write in found
-        if limit is not None
-    ]
 
 
 def verdict(candidate: dict[str, Any], limits: Limits) -> str:
@@ -73,7 +21,9 @@ def verdict(candidate: dict[str, Any], limits: Limits) -> str:
     for check in checks(candidate, limits):
         if not check.met:
             return check.words
-    gain, better = candidate["ratio"][limits.optimize], OBJECTIVES[limits.optimize]
+    if MEASURES[limits.optimize].accuracy:
+        return "ok"  # the limits are why anything is quantized at all
+    gain, better = candidate["ratio"][limits.optimize], MEASURES[limits.optimize].better
     if gain < LEAST_GAIN:
         return f"no gain: {gain:.2f}x {better}"
     interval = (candidate["ratio"].get("intervals") or {}).get(limits.optimize)
@@ -105,32 +55,70 @@ def recommend(
 ) -> dict[str, Any]:
     """{name, reasons}: the best candidate within the limits; 'original' if none is; None if that breaks a limit too.
 
-    `original`: its `bench` result, to hold against the limits on memory and time.
+    `original`: its `bench` (and `concurrent`, `cost_per_million_tokens`), to hold against the limits on memory, time
+    and money.
     """
-    key, better = limits.optimize, OBJECTIVES[limits.optimize]
+    wanted = MEASURES[limits.optimize]
     good = [c for c in candidates if c["verdict"] == "ok"]
+    broken = [] if original is None else _broken_by_original(original, limits)
+    if wanted.accuracy and original is not None and not broken:
+        reasons = ["the original keeps all limits itself, and nothing is closer to it than it is"]
+        return {"name": "original", "reasons": reasons + [f"{c['name']}: {c['verdict']}" for c in candidates]}
     if good:
-        most = max(c["ratio"][key] for c in good)
-        as_fast = [c for c in good if c["ratio"][key] > most / LEAST_GAIN]
-        best = min(as_fast, key=lambda c: c["evaluate"]["kl"]["mean"])
-        e, ratio = best["evaluate"], best["ratio"]
-        return {
-            "name": best["name"],
-            "reasons": [
-                f"{ratio[key]:.2f}x {better} than the original, the best within the limits",
-                f"perplexity {e['perplexity_increase']:+.2%} ± {e['perplexity_increase_stderr']:.2%} on text that "
-                f"chose nothing (limit {limits.max_ppl_increase:+.2%}), KL {e['kl']['mean']:.5f}",
-                f"weights {best['bench']['weight_bytes'] / 1e6:.1f} MB, "
-                f"{best['quantize']['bits_per_weight']:.2f} bits per quantized weight",
-            ],
-        }
-    reasons = [f"no candidate is {better} within the limits here, outside the noise"]
+        best = _closest(good, limits) if wanted.accuracy else _fastest(good, limits)
+        return {"name": best["name"], "reasons": _praise(best, limits)}
+    none = f"no candidate is {wanted.better} within the limits here, outside the noise"
+    reasons = ["no candidate keeps the limits here" if wanted.accuracy else none]
     reasons += why_none(candidates, limits)
     reasons += [f"{c['name']}: {c['verdict']}" for c in candidates]
-    broken = [] if original is None else _broken_by_original(original, limits)
     if broken:
         reasons.insert(1, "the original breaks a limit as well: " + "; ".join(broken))
     return {"name": None if broken else "original", "reasons": reasons}
+
+
+def _fastest(good: Sequence[dict[str, Any]], limits: Limits) -> dict[str, Any]:
+    """The one with the most gain; among those within LEAST_GAIN of it, the one with the least KL."""
+    most = max(c["ratio"][limits.optimize] for c in good)
+    as_fast = [c for c in good if c["ratio"][limits.optimize] > most / LEAST_GAIN]
+    return min(as_fast, key=lambda c: float(c["evaluate"]["kl"]["mean"]))
+
+
+def _closest(good: Sequence[dict[str, Any]], limits: Limits) -> dict[str, Any]:
+    """The most accurate one; among those that the same windows or questions cannot tell from it, the fastest."""
+    best = min(good, key=MEASURES[limits.optimize].value)
+    losses = _losses(best, limits.optimize)
+    as_good = [c for c in good if c is best or mean_interval(_losses(c, limits.optimize) - losses).low <= 0]
+    return max(as_good, key=lambda c: float(c["ratio"]["tpot"]))
+
+
+def _losses(candidate: dict[str, Any], objective: str) -> np.ndarray:
+    """One value a window, or a question: nll, KL, or 1 for a wrong answer."""
+    evaluated = candidate["evaluate"]
+    if objective != "tasks":
+        return np.array(evaluated["per_window"]["kl" if objective == "kl" else "nll"])
+    counted = [(d["task"], d["metric"]) for d in candidate["task_drops"]]
+    return np.array([1.0 - s["scores"][m] for task, m in counted for s in evaluated["tasks"][task]["samples"]])
+
+
+def _praise(best: dict[str, Any], limits: Limits) -> list[str]:
+    """Why this one, with its numbers."""
+    e, key, wanted = best["evaluate"], limits.optimize, MEASURES[limits.optimize]
+    first = f"{wanted.better} within the limits, {best['ratio']['tpot']:.2f}x faster per token"
+    if not wanted.accuracy:
+        first = f"{best['ratio'][key]:.2f}x {wanted.better} than the original, the best within the limits"
+    reasons = [
+        first,
+        f"perplexity {e['perplexity_increase']:+.2%} ± {e['perplexity_increase_stderr']:.2%} on text that "
+        f"chose nothing (limit {limits.max_ppl_increase:+.2%}), KL {e['kl']['mean']:.5f}",
+        *(d["words"] for d in best.get("task_drops") or []),
+    ]
+    if limits.concurrency > 1:
+        reasons.append(f"{MEASURES['throughput'].value(best):.0f} tokens/s with {limits.concurrency} sequences at once")
+    if key == "cost" or limits.max_cost is not None:
+        cost = MEASURES["cost"]
+        reasons.append(f"{cost.write(cost.value(best))} per million generated tokens on {limits.hardware}")
+    weights = f"weights {best['bench']['weight_bytes'] / 1e6:.1f} MB"
+    return [*reasons, f"{weights}, {best['quantize']['bits_per_weight']:.2f} bits per quantized weight"]
 
 
 def why_none(candidates: Sequence[dict[str, Any]], limits: Limits) -> list[str]:
@@ -143,7 +131,7 @@ def why_none(candidates: Sequence[dict[str, Any]], limits: Limits) -> list[str]:
     said = []
     for i, first in enumerate(next(iter(rows.values()))):
         if not any(row[i].met for row in rows.values()):
-            name = min(rows, key=lambda n: rows[n][i].value)
+            name = min(rows, key=lambda n: _distance(rows[n][i]))
             said.append(f"{first.option} cannot be reached; the closest is {name} ({rows[name][i].words})")
     if not said:
         options = list(dict.fromkeys(k.option for row in missed.values() for k in row))
@@ -151,7 +139,11 @@ def why_none(candidates: Sequence[dict[str, Any]], limits: Limits) -> list[str]:
     return [*said, f"closest to all limits: {closest} ({'; '.join(k.words for k in missed[closest])})"]
 
 
-def _broken_by_original(bench: dict[str, Any], limits: Limits) -> list[str]:
+def _distance(check: Check) -> float:
+    return -check.value if check.more else check.value
+
+
+def _broken_by_original(original: dict[str, Any], limits: Limits) -> list[str]:
     nothing_lost = {"perplexity_increase": float("-inf"), "kl": {"mean": float("-inf")}}
-    found = checks({"selection": nothing_lost, "evaluate": nothing_lost, "bench": bench}, limits)
+    found = checks(original | {"selection": nothing_lost, "evaluate": nothing_lost, "task_drops": []}, limits)
     return [k.words for k in found if not k.met]

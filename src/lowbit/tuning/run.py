@@ -3,7 +3,7 @@
 import hashlib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from lowbit.errors import InputError, LowbitError
 from lowbit.intervals import mean_interval, perplexity_ratio
 from lowbit.speed import Scenario, bench
 from lowbit.tuning.candidates import Candidate
-from lowbit.tuning.decide import Limits, measured
+from lowbit.tuning.decide import measured
 from lowbit.tuning.halving import KEEP, RUNGS, Measured, dropped
 from lowbit.tuning.isolate import JobError, JobLimits, run_job
+from lowbit.tuning.limits import Limits
 from lowbit.tuning.split import Split
 
 SEARCH_WINDOWS = 32  # of the selection text, to judge a candidate that was just made
@@ -131,7 +132,8 @@ def judge(job: Job, row: dict[str, Any], limits: Limits, notebook: Notebook) -> 
         row["dropped"] = f"too inaccurate: {least}, on {len(reference)} windows"
         note(f"{row['name']}: {row['dropped']}")
         return "bad"
-    return "good" if ratio.high - 1 <= limits.max_ppl_increase and kl.high <= most else "open"
+    good = limits.known_on_text and ratio.high - 1 <= limits.max_ppl_increase and kl.high <= most
+    return "good" if good else "open"
 
 
 def narrow(job: Job, rows: list[dict[str, Any]], limits: Limits, notebook: Notebook) -> None:
@@ -150,6 +152,7 @@ def narrow(job: Job, rows: list[dict[str, Any]], limits: Limits, notebook: Noteb
             row = next(c for c in rows if c["name"] == name)
             row["evaluate"], row["dropped"] = results[row["path"]], f"{why}, on {len(reference)} windows"
             note(f"{name}: {row['dropped']}")
+    keep_closest(rows)
 
 
 def _measured(row: dict[str, Any], result: dict[str, Any], reference: np.ndarray) -> Measured:
@@ -162,7 +165,8 @@ def measure_accuracy(job: Job, rows: list[dict[str, Any]], notebook: Notebook) -
     """{part: evaluate document} on all of selection and confirmation; rows get `selection` and `evaluate`."""
     documents = _evaluate(job, rows, ("selection", "confirmation"), None, notebook)
     if not documents:
-        raise LowbitError(f"no candidate could be evaluated: {next(c['error'] for c in rows if c['error'])}")
+        why = next((c["error"] for c in rows if c["error"]), "none is left")
+        raise LowbitError(f"no candidate could be evaluated: {why}")
     for part, key in (("selection", "selection"), ("confirmation", "evaluate")):
         results = {r["model"]: r for r in documents[part]["results"]}
         for c in measured(rows):
@@ -173,7 +177,7 @@ def measure_accuracy(job: Job, rows: list[dict[str, Any]], notebook: Notebook) -
 def _evaluate(
     job: Job, rows: list[dict[str, Any]], parts: Sequence[str], windows: int | None, notebook: Notebook
 ) -> dict[str, Any]:
-    """Evaluate what is left in one process; if that fails, each alone, so that only those at fault drop out."""
+    """{part: evaluate document} of what is left."""
     texts = {part: str(getattr(job.split, part)) for part in parts}
 
     def ask(left: list[dict[str, Any]]) -> dict[str, Any]:
@@ -181,36 +185,59 @@ def _evaluate(
             "job": "evaluate", "models": [c["path"] for c in left], "texts": texts, "against": job.model,
             "seq_len": job.window, "windows": windows,
         }  # fmt: skip
-        what = [request, [c["quantize"]["layers"] for c in left]]
-        key = f"evaluate {hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]}"
-        known: dict[str, Any] | None = notebook.get(key) if job.resume else None
-        if known is None:
-            known = run_job(request | {"verbosity": console.verbosity()}, job.limits)
-            notebook.put(key, known)
-        return known
+        return remembered(job, request, left, notebook)
 
+    return together(rows, ask, "evaluating")
+
+
+def remembered(job: Job, request: dict[str, Any], rows: list[dict[str, Any]], notebook: Notebook) -> dict[str, Any]:
+    """The job's result, or that of an earlier run that asked the same of the same candidates."""
+    what = [request, [c["quantize"]["layers"] for c in rows]]
+    key = f"{request['job']} {hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:16]}"
+    known: dict[str, Any] | None = notebook.get(key) if job.resume else None
+    if known is None:
+        known = run_job(request | {"verbosity": console.verbosity()}, job.limits)
+        notebook.put(key, known)
+    return known
+
+
+def together(
+    rows: list[dict[str, Any]], ask: Callable[[list[dict[str, Any]]], dict[str, Any]], what: str
+) -> dict[str, Any]:
+    """Ask about what is left in one process; if that fails, about each alone, so that only those at fault drop out."""
     try:
         return ask(measured(rows))
     except JobError:
-        note("evaluating together failed: each candidate alone")
+        note(f"{what} together failed: each candidate alone")
     for c in measured(rows):
         try:
             ask([c])
         except JobError as error:
-            c["error"] = f"evaluating failed: {error}"
+            c["error"] = f"{what} failed: {error}"
             note(f"{c['name']}: {c['error']}")
     left = measured(rows)
     return ask(left) if left else {}
 
 
+def keep_closest(rows: list[dict[str, Any]]) -> None:
+    """Where the limits left none, the closest is measured in full, so that the answer has its numbers."""
+    tried = [row for row in rows if row.get("dropped") and "evaluate" in row]
+    if tried and not measured(rows):
+        del min(tried, key=lambda row: float(row["evaluate"]["kl"]["mean"]))["dropped"]
+
+
 def measure_speed(
-    job: Job, rows: list[dict[str, Any]], repeats: int, precision: float | None, seed: int
+    job: Job, rows: list[dict[str, Any]], repeats: int, precision: float | None, concurrency: int = 1
 ) -> dict[str, Any] | None:
-    """The bench document; rows get `bench` and `ratio`. A model that cannot be run drops out with its reason."""
+    """The bench document; rows get `bench`, `ratio` and with a concurrency above 1 `concurrent`. A model that cannot be
+    run drops out with its reason."""
+    seed, batches = int(job.words["seed"]), sorted({1, concurrency})
 
     def ask(left: list[dict[str, Any]]) -> dict[str, Any]:
-        paths = [c["path"] for c in left]
-        return bench(paths, against=job.model, repeats=repeats, precision=precision, grid=grid(job.context), seed=seed)
+        return bench(
+            [c["path"] for c in left], against=job.model, batch_sizes=batches, repeats=repeats, precision=precision,
+            grid=grid(job.context), seed=seed,
+        )  # fmt: skip
 
     left = measured(rows)
     try:
@@ -228,6 +255,20 @@ def measure_speed(
             return None
         speed = ask(left)
     for c in left:
-        c["bench"] = next(r for r in speed["results"] if r["model"] == c["path"])
-        c["ratio"] = next(r for r in speed["ratios"] if r["model"] == c["path"])
+        c |= timed(speed, c["path"])
     return speed
+
+
+def timed(speed: dict[str, Any], model: str) -> dict[str, Any]:
+    """{bench, concurrent, ratio} of one model: `bench` and `ratio` of one sequence, throughput and cost (a machine is
+    paid by the hour) of as many as were asked for; `concurrent` None where that is one as well."""
+    rows = [r for r in speed["results"] if r["model"] == model]
+    found = {"bench": rows[0], "concurrent": rows[-1] if len(rows) > 1 else None}
+    ratios = [r for r in speed["ratios"] if r["model"] == model]
+    if ratios:
+        one, many = ratios[0], ratios[-1]
+        spread = (many["intervals"] or {}).get("throughput")
+        intervals = (one["intervals"] or {}) | {k: spread for k in ("throughput", "cost") if spread is not None}
+        rate = {"throughput": many["throughput"], "cost": many["throughput"], "intervals": intervals}
+        found["ratio"] = one | rate
+    return found

@@ -3,6 +3,7 @@
     {"job": "quantize", "model", "output", "words", "resume", "verbosity"}       -> the quantize document
     {"job": "evaluate", "models", "texts": {part: file}, "against", "seq_len", "windows", "verbosity"}
                                                                                  -> {part: evaluate document}
+    {"job": "tasks", "models", "tasks", "against", "limit", "seed", "verbosity"} -> the evaluate document of tasks alone
 
 REPLY gets {"result": ...} or {"error": ...}; a traceback is for bugs only.
 """
@@ -23,6 +24,14 @@ def answer(request: dict[str, Any]) -> Any:
         from lowbit.tuning.mixed import quantize
 
         return quantize(request["model"], request["output"], resume=request["resume"], **request["words"])
+    if request["job"] == "tasks":
+        from lowbit.accuracy.tasks import evaluate_tasks
+        from lowbit.model.checkpoint import open_checkpoint
+
+        original = open_checkpoint(request["against"])
+        return evaluate_tasks(
+            request["models"], original, request["tasks"], limit=request["limit"], seed=request["seed"]
+        )
     from lowbit.accuracy import evaluate
 
     return {
