@@ -16,11 +16,11 @@ from lowbit.demo import __path__ as demo_path
 from lowbit.errors import InputError
 from lowbit.exporting import export
 from lowbit.exporting.onnx import run_onnx
-from lowbit.exporting.onnx_graph import session
 from lowbit.formats import onnx as onnx_format
 from lowbit.model.checkpoint import open_checkpoint
 from lowbit.model.load import open_source, skeleton
 from lowbit.runtime.engine import load
+from lowbit.runtime.onnx import session
 from lowbit.scheme import Scheme
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "architectures"))

@@ -155,10 +155,10 @@ def _floor(
     original: Checkpoint, floor: str | Path | None, runtime: Runtime, models: Sequence[str | Path]
 ) -> Checkpoint | str | Path | None:
     """What to measure the runtime's own noise on, or None where there is nothing: a server that runs already, and
-    llama.cpp without the original as GGUF."""
+    ONNX Runtime or llama.cpp without the original in their formats."""
     if floor is not None:
         return floor
-    unreadable = runtime == "llama.cpp" and original.gguf is None
+    unreadable = runtime == "onnx" or (runtime == "llama.cpp" and original.gguf is None)
     return None if unreadable or all(is_url(str(m)) for m in models) else original
 
 

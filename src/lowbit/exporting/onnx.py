@@ -21,14 +21,15 @@ from lowbit.errors import InputError, nearest
 from lowbit.exporting import onnx_decoder, onnx_encoder
 from lowbit.exporting.gguf import Request
 from lowbit.exporting.network import PIXELS, compare, open_network, sees_images
-from lowbit.exporting.onnx_graph import DATA, MODEL, Graph, require_onnx, session, stored_products
+from lowbit.exporting.onnx_graph import Graph, stored_products
 from lowbit.exporting.onnx_image import image_graph, require_onnxscript, run_images
 from lowbit.exporting.onnx_layers import Build
-from lowbit.formats.onnx import NBits
+from lowbit.formats.onnx import CACHE, DATA, MODEL, NBits
 from lowbit.manifest import copy_small_files
 from lowbit.model.checkpoint import Checkpoint
 from lowbit.model.load import Source, open_source, skeleton
 from lowbit.model.stream import FINGERPRINT_TOKENS, stream_logits
+from lowbit.runtime.onnx import require_onnx, session
 
 TYPES = ("int8", "float")
 # Mean difference of log-probabilities beyond which a file is not what it was made from: with float activations, and
@@ -182,7 +183,7 @@ def run_onnx(path: Path, tokens: Tensor) -> list[Any]:
     run = session(path)
     feeds: dict[str, Any] = {}
     for wanted in run.get_inputs():
-        if wanted.name.startswith("past_key_values"):
+        if wanted.name.startswith(CACHE):
             feeds[wanted.name] = np.zeros((len(tokens), wanted.shape[1], 0, wanted.shape[3]), np.float32)
     ids = tokens.numpy().astype(np.int64)
     positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)
