@@ -3,9 +3,9 @@
 from typing import Any
 
 BOUNDS = {"same_token": 0.99, "mean_difference": 0.01}
-_NAMES = {
+NAMES = {
     "transformers": "transformers with compressed-tensors", "gptqmodel": "GPTQModel", "llama.cpp": "llama.cpp",
-    "gguf": "gguf", "vllm": "vLLM",
+    "gguf": "gguf", "vllm": "vLLM", "onnx": "ONNX Runtime", "float64": "lowbit in float64",
 }  # fmt: skip
 _HEAD = """# Agreement with other readers
 
@@ -38,15 +38,18 @@ def within(row: dict[str, Any]) -> bool:
 
 def render(document: dict[str, Any]) -> str:
     lines = [
-        "| reader | version | file | positions | same token | mean difference | within |",
-        "|---|---|---|---|---|---|---|",
+        "| reader | version | file | positions | same token | gap where not | mean difference | within |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in document["results"]:
-        versions = ", ".join(f"{name} {v}" if name not in v.lower() else v for name, v in row["versions"].items())
+        versions = ", ".join(
+            f"{name} {v}" if name.lower() not in v.lower() else v for name, v in row["versions"].items()
+        )
         if "largest_difference" in row:
-            figures = f"every value | | {row['largest_difference']:.2g}"
+            figures = f"every value | | | {row['largest_difference']:.2g}"
         else:
-            figures = f"{row['positions']} | {row['same_token']:.2%} | {row['mean_difference']:.4f}"
+            gap = f"{row['gap']:.3f}" if "gap" in row else ""
+            figures = f"{row['positions']} | {row['same_token']:.2%} | {gap} | {row['mean_difference']:.4f}"
         said = "yes" if within(row) else "no"
-        lines.append(f"| {_NAMES[row['reader']]} | {versions} | {row['file']} | {figures} | {said} |")
+        lines.append(f"| {NAMES[row['reader']]} | {versions} | {row['file']} | {figures} | {said} |")
     return _HEAD + "\n".join(lines) + "\n" + _TAIL
