@@ -20,6 +20,7 @@ from lowbit.exporting import export
 from lowbit.model.checkpoint import DEMO
 from lowbit.runtime.engine import load
 from lowbit.runtime.outside import attach
+from lowbit.runtime.served import ServedEngine
 from lowbit.runtime.server import Server, Serving
 from lowbit.speed import bench
 
@@ -236,3 +237,20 @@ def test_llama_server_agrees_and_ends(tmp_path: Path) -> None:
         assert all(len(step) == 2 for step in engine.stream(x.repeat(2, 1)[:, :16], 8))
         processes = engine._server.processes()  # type: ignore[attr-defined]
     assert gone(processes)
+
+
+@pytest.mark.interop
+@pytest.mark.interop_heavy
+@pytest.mark.skipif(not LLAMA_SERVER, reason="LLAMA_CPP names no llama-server")
+def test_the_library_says_what_the_server_says(tiny: Path, tmp_path: Path) -> None:
+    """llama-cpp-python gives a whole text's logits at once, llama-server one token's; for texts of two lengths."""
+    pytest.importorskip("llama_cpp")
+    export(tiny, tmp_path / "m.gguf", "gguf", type="f32")
+    own = load(tiny, "float32")
+    with load(tmp_path / "m.gguf", "llama.cpp", Serving(64, 1, LLAMA_SERVER)) as engine:
+        for x in (torch.arange(10, 26)[None], torch.arange(10, 74).reshape(2, 32)):
+            found = engine.logits(x)
+            assert engine._loaded is not None  # type: ignore[attr-defined]
+            served = ServedEngine.logits(engine, x)  # type: ignore[arg-type]
+            assert torch.allclose(found.log_softmax(-1), served.log_softmax(-1), atol=2e-3)
+            assert torch.allclose(found.log_softmax(-1), own.logits(x).log_softmax(-1), atol=5e-3)
