@@ -231,7 +231,7 @@ def test_llama_server_agrees_and_ends(tmp_path: Path) -> None:
     x = torch.arange(500, 564)[None]
     own = load("demo", "float32").logits(x).log_softmax(-1)
     with load(tmp_path / "demo.gguf", "llama.cpp", Serving(128, 2, LLAMA_SERVER)) as engine:
-        theirs = engine.logits(x)
+        theirs = engine.logits(x).log_softmax(-1)
         assert float((own.argmax(-1) == theirs.argmax(-1)).double().mean()) >= 0.99
         assert float((own - theirs).abs().mean()) <= 0.01
         assert all(len(step) == 2 for step in engine.stream(x.repeat(2, 1)[:, :16], 8))
@@ -249,8 +249,8 @@ def test_the_library_says_what_the_server_says(tiny: Path, tmp_path: Path) -> No
     own = load(tiny, "float32")
     with load(tmp_path / "m.gguf", "llama.cpp", Serving(64, 1, LLAMA_SERVER)) as engine:
         for x in (torch.arange(10, 26)[None], torch.arange(10, 74).reshape(2, 32)):
-            found = engine.logits(x)
+            found = engine.logits(x).log_softmax(-1)
             assert engine._loaded is not None  # type: ignore[attr-defined]
-            served = ServedEngine.logits(engine, x)  # type: ignore[arg-type]
-            assert torch.allclose(found.log_softmax(-1), served.log_softmax(-1), atol=2e-3)
-            assert torch.allclose(found.log_softmax(-1), own.logits(x).log_softmax(-1), atol=5e-3)
+            for other in (ServedEngine.logits(engine, x), own.logits(x).log_softmax(-1)):  # type: ignore[arg-type]
+                assert float((found - other).abs().mean()) < 1e-3  # keys and values are in half precision there
+                assert float((found - other).abs().max()) < 0.02

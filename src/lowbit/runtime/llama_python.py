@@ -23,7 +23,7 @@ class LlamaCppEngine(ServedEngine):
         """The file in llama-cpp-python, for texts of `length` tokens: it makes room for all of their logits at once."""
         import llama_cpp
 
-        if self._loaded is None or self._loaded.n_ctx() < length:
+        if self._loaded is None or len(self._loaded.scores) < length:
             self._loaded = llama_cpp.Llama(
                 str(self.checkpoint.path), n_ctx=length, logits_all=True, verbose=False,
                 n_threads=torch.get_num_threads(), n_threads_batch=torch.get_num_threads(),
