@@ -95,6 +95,21 @@ def test_what_an_engine_cannot_read_or_find_is_said_before_it_starts(tiny: Path,
         load(tmp_path / "m.gguf", "llama.cpp", Serving(program="absent"))
     with pytest.raises(InputError, match=r"no program 'absent': install vLLM"):
         load(tiny, "vllm", Serving(program="absent"))
+    with pytest.raises(InputError, match=r"258 tokens are needed and its context is 256.*lower --seq-len"):
+        load(tiny, "vllm", Serving(256 + 2, program=sys.executable))
+
+
+@pytest.mark.parametrize("name", ["vllm", "python3.11"])
+def test_vllm_is_started_by_its_program_or_its_python(tiny: Path, tmp_path: Path, name: str) -> None:
+    """The words that reach the program, by a program that says them and ends."""
+    program = tmp_path / name
+    program.write_text(f"#!{sys.executable}\nimport sys\nprint(*sys.argv[1:])\nraise SystemExit(1)\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    start = "serve" if name == "vllm" else "-m vllm.entrypoints.openai.api_server --model"
+    with pytest.raises(
+        InputError, match=rf"vLLM's server ended.*\n{start} {tiny} --host 127.0.0.1 .*--max-model-len 64"
+    ):
+        load(tiny, "vllm", Serving(64, program=str(program)))
 
 
 # /completion of llama-server over lowbit's own engine: what is asked is what llama-server takes, what comes back is its

@@ -84,7 +84,8 @@ def evaluate(
     cut = _windows(ids, reference, seq_len, windows, label)
     plain = _floor(original, floor, runtime, models)
     with ExitStack() as stack:
-        serving = Serving(cut.shape[1] + 1, program=program)  # a server is asked about the token after a window, too
+        # a server is asked about the token after a window, and answers with one more
+        serving = Serving(cut.shape[1] + 2, program=program)
         engines = [stack.enter_context(_start(m, original, runtime, serving, kv)) for m in models]
         _check_vocabularies(models, engines, reference)
         if plain is not None:

@@ -47,6 +47,11 @@ def start_vllm(checkpoint: Checkpoint, serving: Serving) -> Engine:
     python = Path(program).name.startswith("python")
     serve = [program, "-m", "vllm.entrypoints.openai.api_server", "--model"] if python else [program, "serve"]
     top = min(int(checkpoint.text_config.get("vocab_size", MOST_TOP)), MOST_TOP)
+    if (serving.context or 0) > _context(checkpoint, serving):
+        raise InputError(
+            f"{checkpoint.name}: {serving.context} tokens are needed and its context is {checkpoint.context_length}. "
+            "vLLM must have room for two tokens after a text that it is asked about: give a lower --seq-len."
+        )
 
     def command(port: int) -> list[str]:
         words = {"--host": "127.0.0.1", "--port": port, "--max-model-len": _context(checkpoint, serving),
@@ -55,7 +60,7 @@ def start_vllm(checkpoint: Checkpoint, serving: Serving) -> Engine:
         return [*serve, str(checkpoint.path), *options, "--no-enable-prefix-caching"]
 
     # a single machine's server needs no tensor parallelism over the network; OMP threads are lowbit's
-    server = Server("vllm serve", command, environment={"OMP_NUM_THREADS": str(torch.get_num_threads())})
+    server = Server("vLLM's server", command, environment={"OMP_NUM_THREADS": str(torch.get_num_threads())})
     return _over(server, lambda: ServedEngine(checkpoint, VLLM(server.address, str(checkpoint.path)), server))
 
 
