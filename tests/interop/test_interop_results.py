@@ -15,6 +15,8 @@ DOCUMENT = json.loads((ROOT / "benchmarks" / "results" / "interop.json").read_te
 ROUNDED = {("llama.cpp", "gguf q8_0"), ("llama.cpp", "gguf q4_0"), ("llama.cpp", "w4a16-g32 gguf"),
            ("onnx", "w8a8 onnx"), ("onnx", "w4a8 onnx"), ("vllm", "w8a8"), ("float64", "w8a8")}  # fmt: skip
 
+FP8_CACHE = ("vllm", "none kv fp8")  # docs/interop.md says how it differs
+
 
 def test_the_page_is_the_runs_numbers() -> None:
     assert (ROOT / "docs" / "interop.md").read_text() == render(DOCUMENT)
@@ -22,7 +24,7 @@ def test_the_page_is_the_runs_numbers() -> None:
 
 def test_readers_agree() -> None:
     rows = {(r["reader"], r["file"]): r for r in DOCUMENT["results"]}
-    apart = [key for key, row in rows.items() if not within(row) and key not in ROUNDED]
+    apart = [key for key, row in rows.items() if not within(row) and key not in ROUNDED | {FP8_CACHE}]
     assert not apart
     assert rows["llama.cpp", "gguf q8_0 as f32"]["same_token"] >= 0.995
     assert rows["onnx", "w8a8 onnx"]["mean_difference"] <= 1.5 * rows["float64", "w8a8"]["mean_difference"]
