@@ -21,18 +21,18 @@ _TAIL = """
 Only these rows have been run; `make interop` has more. "Gap where not" is by how much, in log-probability, lowbit
 prefers its own token to the reader's where the two differ (the median): those positions are near-ties.
 
-**Where the last column says no, activations are rounded**, and the bound cannot be met by two correct programs: a
-float's last bit decides between two codes, and the difference grows from layer to layer until it is as large as
-rounding's own noise. Two rows show it. llama.cpp multiplies quantized weights with activations rounded to 8 bits a
-block: on the *same weights* written out in F32 (`llama-quantize --allow-requantize`, "q8_0 as f32") it agrees with
+**Where the last column says no, activations are rounded** (the cache's row: below), and the bound cannot be met by two
+correct programs: a float's last bit decides between two codes, and the difference grows from layer to layer until it is
+as large as rounding's own noise. Two rows show it. llama.cpp multiplies quantized weights with activations rounded to 8
+bits a block: on the *same weights* written out in F32 (`llama-quantize --allow-requantize`, "q8_0 as f32") it agrees with
 lowbit at every position. And lowbit differs from itself, computed in float64, on w8a8 by as much as ONNX Runtime and
 vLLM differ from lowbit. For w4a8 ONNX Runtime rounds activations per block and lowbit per token.
 
-**The fp8 key-value cache** (`--scheme none --kv fp8`) is read: vLLM's CPU build takes `kv_cache_scheme`, stores bytes and
-holds exactly the scales of the file (twice the scales change nothing, scales of 1 do). But that build *cuts* to FP8 where
-lowbit, torch and GPUs round to the nearest, which doubles the cache's noise: its log-probabilities are 0.087 from those
+**The fp8 key-value cache** (`--scheme none --kv fp8`) is read: vLLM's CPU build takes `kv_cache_scheme`, stores bytes
+and holds exactly the scales of the file (twice the scales change nothing, scales of 1 do). But that build *cuts* to FP8
+where lowbit and torch round to the nearest, which doubles the cache's noise: its log-probabilities are 0.087 from those
 of a 16-bit cache, lowbit's 0.047 (one window). With cutting put into lowbit's cache both agree at every position, to
-0.0000, with the file's scales and with scales of 1; so the row's difference is that build's rounding alone.
+0.0002 with scales of 1 and better with the file's; so the row's difference is that build's rounding alone.
 
 vLLM's CPU kernels for 4-bit weights know no float32, so w4a16 has no row here.
 
