@@ -24,8 +24,8 @@ prefers its own token to the reader's where the two differ (the median): those p
 **Where the last column says no, activations are rounded** (the cache's row: below), and the bound cannot be met by two
 correct programs: a float's last bit decides between two codes, and the difference grows from layer to layer until it is
 as large as rounding's own noise. Two rows show it. llama.cpp multiplies quantized weights with activations rounded to 8
-bits a block: on the *same weights* written out in F32 (`llama-quantize --allow-requantize`, "q8_0 as f32") it agrees with
-lowbit at every position. And lowbit differs from itself, computed in float64, on w8a8 by as much as ONNX Runtime and
+bits a block: on the *same weights* written out in F32 (`llama-quantize --allow-requantize`, "q8_0 as f32") it agrees
+with lowbit at every position. And lowbit differs from itself, computed in float64, on w8a8 by as much as ONNX Runtime and
 vLLM differ from lowbit. For w4a8 ONNX Runtime rounds activations per block and lowbit per token.
 
 **The fp8 key-value cache** (`--scheme none --kv fp8`) is read: vLLM's CPU build takes `kv_cache_scheme`, stores bytes
