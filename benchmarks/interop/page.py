@@ -25,8 +25,8 @@ prefers its own token to the reader's where the two differ (the median): those p
 correct programs: a float's last bit decides between two codes, and the difference grows from layer to layer until it is
 as large as rounding's own noise. Two rows show it. llama.cpp multiplies quantized weights with activations rounded to 8
 bits a block: on the *same weights* written out in F32 (`llama-quantize --allow-requantize`, "q8_0 as f32") it agrees
-with lowbit at every position. And lowbit differs from itself, computed in float64, on w8a8 by as much as ONNX Runtime and
-vLLM differ from lowbit. For w4a8 ONNX Runtime rounds activations per block and lowbit per token.
+with lowbit at every position. And lowbit differs from itself, computed in float64, on w8a8 by as much as ONNX Runtime
+and vLLM differ from lowbit. For w4a8 ONNX Runtime rounds activations per block and lowbit per token.
 
 **The fp8 key-value cache** (`--scheme none --kv fp8`) is read: vLLM's CPU build takes `kv_cache_scheme`, stores bytes
 and holds exactly the scales of the file (twice the scales change nothing, scales of 1 do). But that build *cuts* to FP8
