@@ -14,9 +14,12 @@ def main() -> None:
     path, given, out = sys.argv[1:]
     tokens = np.load(given)
     with open(f"{path}/config.json", encoding="utf-8") as file:
-        vocabulary = json.load(file)["vocab_size"]
+        config = json.load(file)
+    vocabulary = config["vocab_size"]
+    packed = config.get("quantization_config", {}).get("format") == "pack-quantized"
     engine = LLM(
-        path, dtype="float32", enforce_eager=True, max_model_len=tokens.shape[1] + 2, max_num_seqs=1,
+        path, dtype="bfloat16" if packed else "float32",  # its CPU kernels for packed weights know no float32
+        enforce_eager=True, max_model_len=tokens.shape[1] + 2, max_num_seqs=1,
         max_logprobs=vocabulary, gpu_memory_utilization=0.1,
     )  # fmt: skip
     ask = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=vocabulary)

@@ -4,19 +4,24 @@
 
 From the demo model it makes files, asks each reader for the log-probabilities of the same tokens (8 windows of 128 of
 the demo's evaluation text), and compares them with lowbit's own float32 path on the same file: the share of positions
-with the same most likely token, and the mean difference of log-probabilities. DIR holds one virtual environment a
-reader; a reader that is not there is left out, and its last result is kept.
+with the same most likely token, the mean difference of log-probabilities, and where the tokens differ, by how much
+lowbit prefers its own (the median). DIR holds one virtual environment a reader; a reader that is not there is left
+out, and its last result is kept.
+
+Two correct engines differ where activations are rounded: a float's last bit decides between two codes. By how much is
+seen from `float64`, lowbit against itself in double precision.
 
 Writes benchmarks/results/interop.json and, from it, docs/interop.md.
 """
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -24,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from page import render
+from page import NAMES, render
 
 import lowbit
 from lowbit.calibration import tokenize
@@ -49,23 +54,32 @@ class Case:
     scheme: str  # of lowbit quantize; "" for the original
     format: str  # "": as lowbit quantize writes it
     type: str | None = None  # of a GGUF file that is not carried over
+    kv: str | None = None  # how keys and values are cached
 
     @property
     def label(self) -> str:
-        return " ".join(word for word in (self.scheme, self.format, self.type) if word)
+        return " ".join(word for word in (self.directory, self.format, self.type) if word)
+
+    @property
+    def directory(self) -> str:
+        return self.scheme + (f" kv {self.kv}" if self.kv else "")
 
 
+AS_F32 = "q8_0 as f32"  # the weights of the Q8_0 file, which llama.cpp multiplies without rounding activations
 CASES = (
     *(Case("transformers", s, "") for s in ("w4a16-g128", "w4a16-g32-asym", "w8a16-channel", "fp8-block", "nvfp4")),
     *(
         Case("gptqmodel", s, f)
         for s, f in (("w4a16-g128", "gptq"), ("w4a16-g32-asym", "gptq"), ("w4a16-g32-asym", "awq"))
     ),
-    *(Case("llama.cpp", "", "gguf", t) for t in ("f32", "q8_0", "q4_0")),
+    *(Case("llama.cpp", "", "gguf", t) for t in ("f32", "q8_0", AS_F32, "q4_0")),
     Case("llama.cpp", "w4a16-g32", "gguf"),
+    *(Case("onnx", s, "onnx") for s in ("w4a16-g32", "w8a16-channel", "w8a8", "w4a8")),
+    Case("float64", "w8a8", ""),
     *(Case("gguf", "", "gguf", t) for t in ("q8_0", "q4_0", "q4_k_m", "q3_k_m", "q2_k", "q5_0")),
     Case("vllm", "", ""),
     *(Case("vllm", s, "") for s in ("w4a16-g128", "w8a8", "any4", "e8p2")),
+    Case("vllm", "none", "", kv="fp8"),
 )
 METHODS = {"any4": "any4", "e8p2": "quip"}
 
@@ -74,16 +88,20 @@ def make(case: Case, work: Path) -> Path:
     """The directory or file of a case, made once in `work`."""
     directory = DEMO / "model"
     if case.scheme:
-        directory = work / case.scheme
+        directory = work / case.directory.replace(" ", "-")
         if not directory.exists():
             method = METHODS.get(case.scheme, "rtn")
-            lowbit.quantize("demo", directory, scheme=case.scheme, method=method, samples=16, seq_len=128)
+            words: dict[str, Any] = {"kv": case.kv} if case.kv else {}
+            lowbit.quantize("demo", directory, scheme=case.scheme, method=method, samples=16, seq_len=128, **words)
     if not case.format:
         return directory
     suffix = ".gguf" if case.format == "gguf" else ""
     target = work / f"{case.label.replace(' ', '-')}{suffix}"
-    if not target.exists():
-        words: dict[str, Any] = {"type": case.type} if case.type else {}
+    if not target.exists() and case.type == AS_F32:
+        small = make(replace(case, type="q8_0"), work)
+        subprocess.run(["llama-quantize", "--allow-requantize", small, target, "F32"], check=True, capture_output=True)
+    elif not target.exists():
+        words = {"type": case.type} if case.type else {}
         if case.type not in (None, "f32"):
             words |= {"method": "search", "samples": 4, "seq_len": 128}
         lowbit.export(directory, target, case.format, **words)
@@ -100,10 +118,15 @@ def windows(count: int) -> torch.Tensor:
 
 def agreement(own: torch.Tensor, theirs: torch.Tensor) -> dict[str, float]:
     """Of log-probabilities (windows, tokens, vocabulary)."""
-    return {
-        "same_token": float((own.argmax(-1) == theirs.argmax(-1)).double().mean()),
+    differ = own.argmax(-1) != theirs.argmax(-1)
+    chosen = own.gather(-1, theirs.argmax(-1, keepdim=True))[..., 0]
+    found = {
+        "same_token": 1 - float(differ.double().mean()),
         "mean_difference": float((own - theirs).abs().double().mean()),
     }
+    if bool(differ.any()):
+        found["gap"] = float((own.amax(-1) - chosen)[differ].median())
+    return found
 
 
 def in_its_environment(python: Path, script: str, work: Path, path: Path, tokens: torch.Tensor) -> Any:
@@ -116,9 +139,13 @@ def in_its_environment(python: Path, script: str, work: Path, path: Path, tokens
     return torch.from_numpy(np.load(found)["logprobs"]), json.loads(done.stdout.splitlines()[-1])
 
 
-def served(runtime: Any, program: str, path: Path, tokens: torch.Tensor) -> Any:
-    with load(path, runtime, Serving(LENGTH + 1, program=program)) as engine:
-        return engine.logits(tokens).log_softmax(-1), {"versions": {runtime: engine.runtime}}
+def engine(runtime: Any, program: str | None, path: Path, tokens: torch.Tensor) -> Any:
+    """One of lowbit's own engines: (log-probabilities, what it says about itself)."""
+    with load(path, runtime, Serving(LENGTH + 1, program=program)) as loaded:
+        version = {"lowbit": lowbit.__version__}
+        if runtime != "float64":
+            version = {NAMES[runtime]: loaded.runtime.split(",")[0]}
+        return loaded.logits(tokens).float().log_softmax(-1), {"versions": version}
 
 
 def gguf_values(path: Path) -> dict[str, Any]:
@@ -135,11 +162,13 @@ def gguf_values(path: Path) -> dict[str, Any]:
 
 def reader_of(name: str, args: argparse.Namespace, work: Path) -> Callable[[Path, torch.Tensor], Any] | None:
     """How a reader is asked, or None if it is not there."""
+    if name in ("onnx", "float64"):
+        return partial(engine, name, None)
+    if name == "llama.cpp":
+        return partial(engine, name, args.llama_server) if args.llama_server else None
     python = args.readers / name / "bin" / "python"
-    if name != "llama.cpp":
-        ask = partial(in_its_environment, python, f"read_{name}.py", work)
-        return ask if python.exists() else None
-    return partial(served, name, args.llama_server) if args.llama_server else None
+    ask = partial(in_its_environment, python, f"read_{name}.py", work)
+    return ask if python.exists() else None
 
 
 def run(case: Case, args: argparse.Namespace, work: Path) -> dict[str, Any] | None:
@@ -150,7 +179,8 @@ def run(case: Case, args: argparse.Namespace, work: Path) -> dict[str, Any] | No
     if ask is None:
         return None
     path, tokens = make(case, work), windows(args.windows)
-    own = load(path, "float32").logits(tokens).log_softmax(-1)
+    source = make(replace(case, format=""), work) if case.format == "onnx" else path
+    own = load(source, "float32").logits(tokens).log_softmax(-1)
     theirs, about = ask(path, tokens)
     return row | agreement(own, theirs) | {"positions": tokens.numel()} | about
 
@@ -163,6 +193,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--work", type=Path, help="keep the files here, and use those that are there")
     args = parser.parse_args()
+    if args.llama_server:  # llama-quantize lies beside it
+        os.environ["PATH"] = os.pathsep.join([str(Path(args.llama_server).parent), os.environ["PATH"]])
     kept = json.loads(RESULTS.read_text())["results"] if RESULTS.exists() else []
     rows = {(r["reader"], r["file"]): r for r in kept}
     failed: list[Case] = []

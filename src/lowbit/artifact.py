@@ -95,6 +95,18 @@ class Work:
             clean(self.output)
 
 
+@contextlib.contextmanager
+def whole_or_nothing(output: Path, identity: Mapping[str, Any], *, force: bool) -> Iterator[Work]:
+    """Work that cannot be resumed: it ends as OUT, or in an error that leaves nothing behind."""
+    work = Work(output, identity, resume=False, force=force)
+    try:
+        yield work
+        work.close()
+    except BaseException:
+        shutil.rmtree(work.path, ignore_errors=True)
+        raise
+
+
 def check_output(output: Path, *, resume: bool, force: bool) -> None:
     """Raise InputError if something is in the way of `output` that neither --resume nor --force settles."""
     partial = output.with_name(output.name + ".partial")

@@ -16,11 +16,11 @@ from lowbit.demo import __path__ as demo_path
 from lowbit.errors import InputError
 from lowbit.exporting import export
 from lowbit.exporting.onnx import run_onnx
-from lowbit.exporting.onnx_graph import session
 from lowbit.formats import onnx as onnx_format
 from lowbit.model.checkpoint import open_checkpoint
 from lowbit.model.load import open_source, skeleton
 from lowbit.runtime.engine import load
+from lowbit.runtime.onnx import session
 from lowbit.scheme import Scheme
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "architectures"))
@@ -222,6 +222,30 @@ def test_what_cannot_be_written_is_refused_before_work(tiny: Path, tmp_path: Pat
     with pytest.raises(InputError, match="length of the text"):
         export(moving, tmp_path / "out", "onnx")
     assert not list(tmp_path.glob("out*"))
+
+
+def test_a_file_that_fails_its_proof_leaves_nothing(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A graph that computes something else (a norm's weights one too large) is refused, and can be made again."""
+    from lowbit.exporting import onnx_decoder
+
+    norm = onnx_decoder.rms_norm
+    with monkeypatch.context() as wrong:
+        wrong.setattr(onnx_decoder, "rms_norm", lambda b, x, m, e, offset: norm(b, x, m, e, offset + 1))
+        with pytest.raises(InputError, match=r"onnx: not made: ONNX Runtime computes something else"):
+            export(tiny, tmp_path / "onnx", "onnx", type="float")
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "onnx" / "file").write_text("mine")
+    with monkeypatch.context() as wrong:
+        wrong.setattr(onnx_decoder, "rms_norm", lambda b, x, m, e, offset: norm(b, x, m, e, offset + 1))
+        with pytest.raises(InputError, match="not made"):
+            export(tiny, tmp_path / "onnx", "onnx", type="float", force=True)
+    assert [f.name for f in tmp_path.iterdir()] == ["onnx"]
+    assert (tmp_path / "onnx" / "file").read_text() == "mine"
+    document = export(tiny, tmp_path / "onnx", "onnx", type="float", force=True)
+    assert document["agreement"]["top1_agreement"] == 1
 
 
 def test_bad_inputs_and_outputs(tiny: Path, broken: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

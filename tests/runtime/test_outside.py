@@ -20,6 +20,7 @@ from lowbit.exporting import export
 from lowbit.model.checkpoint import DEMO
 from lowbit.runtime.engine import load
 from lowbit.runtime.outside import attach
+from lowbit.runtime.served import ServedEngine
 from lowbit.runtime.server import Server, Serving
 from lowbit.speed import bench
 
@@ -94,6 +95,21 @@ def test_what_an_engine_cannot_read_or_find_is_said_before_it_starts(tiny: Path,
         load(tmp_path / "m.gguf", "llama.cpp", Serving(program="absent"))
     with pytest.raises(InputError, match=r"no program 'absent': install vLLM"):
         load(tiny, "vllm", Serving(program="absent"))
+    with pytest.raises(InputError, match=r"258 tokens are needed and its context is 256.*lower --seq-len"):
+        load(tiny, "vllm", Serving(256 + 2, program=sys.executable))
+
+
+@pytest.mark.parametrize("name", ["vllm", "python3.11"])
+def test_vllm_is_started_by_its_program_or_its_python(tiny: Path, tmp_path: Path, name: str) -> None:
+    """The words that reach the program, by a program that says them and ends."""
+    program = tmp_path / name
+    program.write_text(f"#!{sys.executable}\nimport sys\nprint(*sys.argv[1:])\nraise SystemExit(1)\n")
+    program.chmod(program.stat().st_mode | stat.S_IXUSR)
+    start = "serve" if name == "vllm" else "-m vllm.entrypoints.openai.api_server --model"
+    with pytest.raises(
+        InputError, match=rf"vLLM's server ended.*\n{start} {tiny} --host 127.0.0.1 .*--max-model-len 64"
+    ):
+        load(tiny, "vllm", Serving(64, program=str(program)))
 
 
 # /completion of llama-server over lowbit's own engine: what is asked is what llama-server takes, what comes back is its
@@ -230,9 +246,26 @@ def test_llama_server_agrees_and_ends(tmp_path: Path) -> None:
     x = torch.arange(500, 564)[None]
     own = load("demo", "float32").logits(x).log_softmax(-1)
     with load(tmp_path / "demo.gguf", "llama.cpp", Serving(128, 2, LLAMA_SERVER)) as engine:
-        theirs = engine.logits(x)
+        theirs = engine.logits(x).log_softmax(-1)
         assert float((own.argmax(-1) == theirs.argmax(-1)).double().mean()) >= 0.99
         assert float((own - theirs).abs().mean()) <= 0.01
         assert all(len(step) == 2 for step in engine.stream(x.repeat(2, 1)[:, :16], 8))
         processes = engine._server.processes()  # type: ignore[attr-defined]
     assert gone(processes)
+
+
+@pytest.mark.interop
+@pytest.mark.interop_heavy
+@pytest.mark.skipif(not LLAMA_SERVER, reason="LLAMA_CPP names no llama-server")
+def test_the_library_says_what_the_server_says(tiny: Path, tmp_path: Path) -> None:
+    """llama-cpp-python gives a whole text's logits at once, llama-server one token's; for texts of two lengths."""
+    pytest.importorskip("llama_cpp")
+    export(tiny, tmp_path / "m.gguf", "gguf", type="f32")
+    own = load(tiny, "float32")
+    with load(tmp_path / "m.gguf", "llama.cpp", Serving(64, 1, LLAMA_SERVER)) as engine:
+        for x in (torch.arange(10, 26)[None], torch.arange(10, 74).reshape(2, 32)):
+            found = engine.logits(x).log_softmax(-1)
+            assert engine._loaded is not None  # type: ignore[attr-defined]
+            for other in (ServedEngine.logits(engine, x), own.logits(x).log_softmax(-1)):  # type: ignore[arg-type]
+                assert float((found - other).abs().mean()) < 1e-3  # keys and values are in half precision there
+                assert float((found - other).abs().max()) < 0.02

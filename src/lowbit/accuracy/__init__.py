@@ -84,7 +84,8 @@ def evaluate(
     cut = _windows(ids, reference, seq_len, windows, label)
     plain = _floor(original, floor, runtime, models)
     with ExitStack() as stack:
-        serving = Serving(cut.shape[1] + 1, program=program)  # a server is asked about the token after a window, too
+        # a server is asked about the token after a window, and answers with one more
+        serving = Serving(cut.shape[1] + 2, program=program)
         engines = [stack.enter_context(_start(m, original, runtime, serving, kv)) for m in models]
         _check_vocabularies(models, engines, reference)
         if plain is not None:
@@ -155,10 +156,10 @@ def _floor(
     original: Checkpoint, floor: str | Path | None, runtime: Runtime, models: Sequence[str | Path]
 ) -> Checkpoint | str | Path | None:
     """What to measure the runtime's own noise on, or None where there is nothing: a server that runs already, and
-    llama.cpp without the original as GGUF."""
+    ONNX Runtime or llama.cpp without the original in their formats."""
     if floor is not None:
         return floor
-    unreadable = runtime == "llama.cpp" and original.gguf is None
+    unreadable = runtime == "onnx" or (runtime == "llama.cpp" and original.gguf is None)
     return None if unreadable or all(is_url(str(m)) for m in models) else original
 
 

@@ -27,7 +27,10 @@ from lowbit.cli.options import (
 )
 from lowbit.errors import QualityGateError
 
-Models = Annotated[list[str], typer.Argument(help="Model directories, GGUF files, hub ids, 'demo', or servers' URLs.")]
+Models = Annotated[
+    list[str],
+    typer.Argument(help="Model directories, GGUF files, ONNX directories, hub ids, 'demo', or servers' URLs."),
+]
 Against = Annotated[str | None, typer.Option(help="The model to compare with.")]
 
 
@@ -58,7 +61,7 @@ def evaluate(
     from lowbit.accuracy import evaluate as run
 
     with tempfile.TemporaryDirectory() as work:
-        floor = _original_as_gguf(against, Path(work)) if kind == "llama.cpp" else None
+        floor = _original_in_its_format(kind, against, Path(work))
         document = run(
             models, text, against=against, seq_len=seq_len, windows=windows, runtime=kind, program=program, kv=kv,
             floor=floor, max_ppl_increase=most, max_kl=max_kl, tasks=words(tasks), limit=limit,
@@ -71,15 +74,20 @@ def evaluate(
         raise QualityGateError("quality gate not met: " + "; ".join(lines))
 
 
-def _original_as_gguf(original: str | None, work: Path) -> Path | None:
-    """The model to compare with, for llama.cpp's noise floor: in full precision, as a file of its own."""
-    if original is None or original.endswith(".gguf"):
+# runtime -> format and type of full precision that it reads
+_READS = {"llama.cpp": ("gguf", "f32"), "onnx": ("onnx", "float")}
+
+
+def _original_in_its_format(runtime: str, original: str | None, work: Path) -> Path | None:
+    """The model to compare with, for the noise floor of an engine with a format of its own: in full precision."""
+    if runtime not in _READS or original is None or original.endswith(".gguf"):
         return None
     from lowbit.exporting import export
 
-    file = work / "original.gguf"
-    export(original, file, "gguf", type="f32")
-    return file
+    format, type = _READS[runtime]
+    target = work / f"original.{format}"
+    export(original, target, format, type=type)
+    return target
 
 
 def accuracy_table(document: dict[str, Any]) -> str:

@@ -23,12 +23,12 @@ Trust = Annotated[
     bool,
     typer.Option("--trust-remote-code", help="Run Python code that comes with a model. Read it first."),
 ]
-RUNTIMES = ("auto", "transformers", "bfloat16", "float32", "llama.cpp", "vllm")
+RUNTIMES = ("auto", "transformers", "bfloat16", "float32", "onnx", "llama.cpp", "vllm")
 Runtime = Annotated[
     str,
     typer.Option(
-        help="What computes: auto, transformers, bfloat16 and float32 (weights dequantized), llama.cpp or vllm (their "
-        "servers, started and stopped)."
+        help="What computes: auto, transformers, bfloat16 and float32 (weights dequantized), onnx (ONNX Runtime), "
+        "llama.cpp or vllm (their servers, started and stopped)."
     ),
 ]
 Program = Annotated[

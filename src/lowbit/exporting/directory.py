@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import lowbit
-from lowbit.artifact import Work, disk_errors, write_json
+from lowbit.artifact import disk_errors, whole_or_nothing, write_json
 from lowbit.console import track
 from lowbit.errors import InputError
 from lowbit.formats import awq, gptq, modelopt
@@ -61,23 +61,22 @@ def export_directory(checkpoint: Checkpoint, output: Path, layout_name: str, *, 
     schemes = {n: source.schemes.get(n, Scheme(None)) for n in linears(net)}
     layout = LAYOUTS[layout_name](schemes)
     identity = {"export": layout_name, "model": checkpoint.digest}
-    work = Work(output, identity, resume=False, force=force)
     blocks = find_blocks(net)
     parts = [*(f"{n}." for n in blocks.names), ""]
     names = list(checkpoint.tensors)
-    for i, part in enumerate(track(parts, f"exporting to {layout_name}", len(parts))):
-        mine = [n for n in names if n.startswith(part)]
-        names = [n for n in names if not n.startswith(part)]
-        work.write_shard(shard_name(i, len(parts) - 1), _shard(source, layout, mine))
-    with disk_errors(work.path):
-        config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
-        write_json(work.path / "config.json", config | {"quantization_config": layout.config})
-        write_json(work.path / INDEX, index_of(work.path))
-        for file, words in layout.files.items():
-            write_json(work.path / file, words)
-        copy_small_files(checkpoint, work.path)
-    lost = _prove(source, work.path)
-    work.close()
+    with whole_or_nothing(output, identity, force=force) as work:
+        for i, part in enumerate(track(parts, f"exporting to {layout_name}", len(parts))):
+            mine = [n for n in names if n.startswith(part)]
+            names = [n for n in names if not n.startswith(part)]
+            work.write_shard(shard_name(i, len(parts) - 1), _shard(source, layout, mine))
+        with disk_errors(work.path):
+            config = {k: v for k, v in checkpoint.config.items() if k != "quantization_config"}
+            write_json(work.path / "config.json", config | {"quantization_config": layout.config})
+            write_json(work.path / INDEX, index_of(work.path))
+            for file, words in layout.files.items():
+                write_json(work.path / file, words)
+            copy_small_files(checkpoint, work.path)
+        lost = _prove(source, work.path)
     size = sum(f.stat().st_size for f in output.iterdir())
     return {"bytes": size, "linears": len(source.schemes), "largest_difference": lost, "config": layout.config}
 

@@ -7,6 +7,7 @@ Runtime against the model that it was made from. Classifiers of images go anothe
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -16,19 +17,20 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import lowbit
-from lowbit.artifact import Work, disk_errors, write_bytes, write_json
+from lowbit.artifact import Work, disk_errors, whole_or_nothing, write_bytes, write_json
 from lowbit.errors import InputError, nearest
 from lowbit.exporting import onnx_decoder, onnx_encoder
 from lowbit.exporting.gguf import Request
 from lowbit.exporting.network import PIXELS, compare, open_network, sees_images
-from lowbit.exporting.onnx_graph import DATA, MODEL, Graph, require_onnx, session, stored_products
+from lowbit.exporting.onnx_graph import Graph, stored_products
 from lowbit.exporting.onnx_image import image_graph, require_onnxscript, run_images
 from lowbit.exporting.onnx_layers import Build
-from lowbit.formats.onnx import NBits
+from lowbit.formats.onnx import CACHE, DATA, MODEL, NBits
 from lowbit.manifest import copy_small_files
 from lowbit.model.checkpoint import Checkpoint
 from lowbit.model.load import Source, open_source, skeleton
 from lowbit.model.stream import FINGERPRINT_TOKENS, stream_logits
+from lowbit.runtime.onnx import require_onnx, session
 
 TYPES = ("int8", "float")
 # Mean difference of log-probabilities beyond which a file is not what it was made from: with float activations, and
@@ -53,19 +55,18 @@ def export_onnx(checkpoint: Checkpoint, output: Path, request: Request, *, force
         raise InputError("--format onnx needs no calibration text: activations are rounded as they come.")
     architecture = _architecture(checkpoint, net)
     _check_embeddings(net, source)
-    work = _work(checkpoint, output, kind, force=force)
-    with disk_errors(work.path):
-        with (work.path / DATA).open("wb") as data:
-            build = Build(Graph(data), net, source, int8=kind == "int8")
-            architecture(build)
-        metadata = {"lowbit_version": lowbit.__version__, "lowbit_type": kind}
-        write_bytes(work.path / MODEL, build.graph.serialize(net.config.model_type, metadata))
-        _write_small_files(checkpoint, work)
-    products, lost = _prove(build, work.path)
-    rounded = any(s.activation is not None for s in source.schemes.values())
-    agreement = _agreement(checkpoint, work.path)
-    _check_agreement(work.path, agreement, _ANY if build.int8 else _WORST[rounded])
-    work.close()
+    with _work(checkpoint, output, kind, force=force) as work:
+        with disk_errors(work.path):
+            with (work.path / DATA).open("wb") as data:
+                build = Build(Graph(data), net, source, int8=kind == "int8")
+                architecture(build)
+            metadata = {"lowbit_version": lowbit.__version__, "lowbit_type": kind}
+            write_bytes(work.path / MODEL, build.graph.serialize(net.config.model_type, metadata))
+            _write_small_files(checkpoint, work)
+        products, lost = _prove(build, work.path)
+        rounded = any(s.activation is not None for s in source.schemes.values())
+        agreement = _agreement(checkpoint, work.path)
+        _check_agreement(output, agreement, _ANY if build.int8 else _WORST[rounded])
     return {
         "type": kind,
         "bytes": sum((output / f).stat().st_size for f in (MODEL, DATA)),
@@ -78,19 +79,18 @@ def export_onnx(checkpoint: Checkpoint, output: Path, request: Request, *, force
 def _export_images(checkpoint: Checkpoint, output: Path, request: Request, kind: str, *, force: bool) -> dict[str, Any]:
     require_onnxscript()
     network = open_network(checkpoint, request)
-    work = _work(checkpoint, output, kind, force=force)
-    with disk_errors(work.path):
-        write_bytes(work.path / MODEL, image_graph(network, kind))
-        _write_small_files(checkpoint, work)
-    images = torch.cat([e[PIXELS] for e in network.examples])
-    agreement = compare(network.outputs(), run_images(work.path, images))
-    _check_agreement(work.path, agreement, _WORST[0] if kind == "float" else _ANY)
-    work.close()
+    with _work(checkpoint, output, kind, force=force) as work:
+        with disk_errors(work.path):
+            write_bytes(work.path / MODEL, image_graph(network, kind))
+            _write_small_files(checkpoint, work)
+        images = torch.cat([e[PIXELS] for e in network.examples])
+        agreement = compare(network.outputs(), run_images(work.path, images))
+        _check_agreement(output, agreement, _WORST[0] if kind == "float" else _ANY)
     return {"type": kind, "bytes": (output / MODEL).stat().st_size, "agreement": agreement}
 
 
-def _work(checkpoint: Checkpoint, output: Path, kind: str, *, force: bool) -> Work:
-    return Work(output, {"export": "onnx", "model": checkpoint.digest, "type": kind}, resume=False, force=force)
+def _work(checkpoint: Checkpoint, output: Path, kind: str, *, force: bool) -> AbstractContextManager[Work]:
+    return whole_or_nothing(output, {"export": "onnx", "model": checkpoint.digest, "type": kind}, force=force)
 
 
 def _write_small_files(checkpoint: Checkpoint, work: Work) -> None:
@@ -168,12 +168,12 @@ def _agreement(checkpoint: Checkpoint, path: Path) -> dict[str, Any]:
     return compare(stream_logits(checkpoint, tokens), torch.from_numpy(run_onnx(path, tokens)[0]))
 
 
-def _check_agreement(path: Path, agreement: dict[str, Any], worst: float) -> None:
+def _check_agreement(output: Path, agreement: dict[str, Any], worst: float) -> None:
     difference = agreement["mean_log_probability_difference"]
     if not (np.isfinite(difference) and difference <= worst):
         raise InputError(
-            f"{path}: ONNX Runtime computes something else from the file than lowbit from the model (mean difference "
-            f"of log-probabilities {difference:.3g}). Please report it with the model's config.json."
+            f"{output}: not made: ONNX Runtime computes something else from the file than lowbit from the model (mean "
+            f"difference of log-probabilities {difference:.3g}). Please report it with the model's config.json."
         )
 
 
@@ -182,7 +182,7 @@ def run_onnx(path: Path, tokens: Tensor) -> list[Any]:
     run = session(path)
     feeds: dict[str, Any] = {}
     for wanted in run.get_inputs():
-        if wanted.name.startswith("past_key_values"):
+        if wanted.name.startswith(CACHE):
             feeds[wanted.name] = np.zeros((len(tokens), wanted.shape[1], 0, wanted.shape[3]), np.float32)
     ids = tokens.numpy().astype(np.int64)
     positions = np.broadcast_to(np.arange(ids.shape[1]), ids.shape)

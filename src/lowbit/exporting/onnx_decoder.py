@@ -14,6 +14,7 @@ import torch
 from lowbit.errors import InputError
 from lowbit.exporting.onnx_graph import Graph
 from lowbit.exporting.onnx_layers import Build, activation, check_activation, floats, linear, lookup, rms_norm
+from lowbit.formats.onnx import CACHE
 from lowbit.runtime.decoder import FAMILIES as FAMILIES  # the native decoder's: the same facts make this graph
 from lowbit.runtime.decoder import Family, family_of
 
@@ -141,8 +142,7 @@ def _attention(build: Build, family: Family, x: str, index: int, mask: str, rope
     q = graph.op("RotaryEmbedding", q, *rope, num_heads=heads, **words)
     k = graph.op("RotaryEmbedding", k, *rope, num_heads=kv_heads, **words)
     past = [
-        graph.input(f"past_key_values.{index}.{n}", torch.float32, ("batch", kv_heads, "past", width))
-        for n in ("key", "value")
+        graph.input(f"{CACHE}.{index}.{n}", torch.float32, ("batch", kv_heads, "past", width)) for n in ("key", "value")
     ]
     y, *present = graph.ops(
         "Attention", q, k, v, mask, *past, outputs=3, q_num_heads=heads, kv_num_heads=kv_heads,

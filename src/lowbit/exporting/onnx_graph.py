@@ -12,34 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowbit.errors import InputError
+from lowbit.formats.onnx import DATA, MODEL
+from lowbit.runtime.onnx import require_onnx
 
-MODEL, DATA = "model.onnx", "model.onnx.data"
 MICROSOFT = "com.microsoft"
 OPSET = 23  # RMSNormalization, RotaryEmbedding and Attention with a cache are standard from here on
 _IR_VERSION = 11
 _ALIGNMENT = 4096  # so that a runtime can map weights instead of reading them
-
-
-def require_onnx() -> tuple[Any, Any]:
-    """The packages onnx and onnxruntime. Raises InputError naming the extra."""
-    try:
-        import onnx
-        import onnxruntime
-    except ImportError as error:
-        raise InputError(
-            f"--format onnx needs the package {error.name}, which is not installed: pip install 'lowbit[onnx]'."
-        ) from error
-    return onnx, onnxruntime
-
-
-def session(path: Path) -> Any:
-    """ONNX Runtime's session of a directory that `lowbit export` made, on this CPU with torch's number of threads."""
-    _, onnxruntime = require_onnx()
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(str(path / MODEL), options, providers=["CPUExecutionProvider"])
 
 
 class Graph:

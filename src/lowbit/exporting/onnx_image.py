@@ -15,7 +15,8 @@ from torch import Tensor
 
 from lowbit.errors import InputError
 from lowbit.exporting.network import PIXELS, Network, quiet_converter
-from lowbit.exporting.onnx_graph import MODEL, session
+from lowbit.formats.onnx import MODEL
+from lowbit.runtime.onnx import session
 
 
 def require_onnxscript() -> None:

@@ -21,6 +21,8 @@ from torch.nn import functional as F
 from lowbit.scheme import Scheme, TensorScheme
 from lowbit.tensor import QuantizedTensor
 
+MODEL, DATA = "model.onnx", "model.onnx.data"  # an ONNX directory: the graph, and its weights beside it
+CACHE = "past_key_values"  # how the inputs with keys and values begin
 BLOCKS = (256, 128, 64, 32, 16)
 _ROW_BLOCK = 128  # where one scale is for a whole row
 

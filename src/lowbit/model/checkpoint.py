@@ -181,7 +181,7 @@ def open_checkpoint(model: str | Path) -> Checkpoint:
     if name.endswith(".gguf"):
         return _open_gguf(name)
     path = _locate(name)
-    config = _read_config(path)
+    config = read_config(path)
     shards = _shard_files(path)
     tensors: dict[str, TensorInfo] = {}
     for shard in sorted(set(shards.values())):
@@ -250,7 +250,8 @@ def _read_json(file: Path) -> Any:
         raise InputError(f"{file}: cannot be read ({error.strerror}).") from error
 
 
-def _read_config(path: Path) -> dict[str, Any]:
+def read_config(path: Path) -> dict[str, Any]:
+    """config.json. Raises InputError where there is none, or no JSON object in it."""
     file = path / "config.json"
     if not file.exists():
         raise InputError(f"{path}: there is no config.json, so this is not a Hugging Face model directory.")
@@ -271,6 +272,11 @@ def _shard_files(path: Path) -> dict[str, str]:
     if not (path / INDEX).exists():
         if (path / SINGLE).exists():
             return {"*": SINGLE}
+        if (path / "model.onnx").exists():
+            raise InputError(
+                f"{path}: an ONNX model and no safetensors: evaluate, bench and chat run it with --runtime onnx. What "
+                "needs weights, and evaluate's --against, is the model that it was exported from."
+            )
         if (pickles := sorted(f.name for f in path.glob("*.bin"))) or (
             pickles := sorted(f.name for f in path.glob("*.pt*"))
         ):

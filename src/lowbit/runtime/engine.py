@@ -5,6 +5,7 @@
 - transformers: the second of these in any case
 - bfloat16: transformers' model class, weights dequantized to bfloat16
 - float32: the same in float32, weights dequantized exactly: the reference that differences are measured against
+- onnx: ONNX Runtime, in this process, on an ONNX directory (runtime/onnx.py)
 - llama.cpp, vllm: other projects' servers, started for this and ended by `stop` (runtime/outside.py)
 
 Every engine has the same interface, whatever computes: `load` starts it, `address` is where it listens (None: in this
@@ -25,10 +26,11 @@ from lowbit.runtime.base import Engine
 from lowbit.runtime.general import GeneralEngine
 from lowbit.runtime.int8_products import use_int8_products
 from lowbit.runtime.native import NativeEngine, why_not
+from lowbit.runtime.onnx import OnnxEngine, open_onnx
 from lowbit.runtime.outside import OUTSIDE
 from lowbit.runtime.server import Serving
 
-Runtime = Literal["auto", "transformers", "bfloat16", "float32", "llama.cpp", "vllm"]
+Runtime = Literal["auto", "transformers", "bfloat16", "float32", "onnx", "llama.cpp", "vllm"]
 
 
 @torch.no_grad()
@@ -39,13 +41,18 @@ def load(
     *,
     kv: str | None = None,
 ) -> Engine:
-    """Load a model directory, GGUF file, hub id, lowbit output or 'demo'; `serving` is for engines that are servers.
+    """Load a model directory, GGUF file, ONNX directory, hub id, lowbit output or 'demo'; `serving` is for engines
+    that are servers.
 
     `kv` is how keys and values are cached: as the directory says (None), in 16 bits ("none"), or a word of
     kv_scheme.py; "int8" and "int4" need nothing stored. Raises InputError for everything wrong with the model, and for
     an engine that is not installed.
     """
-    checkpoint = model if isinstance(model, Checkpoint) else open_checkpoint(model)
+    checkpoint = open_model(model, runtime)
+    if kv is not None and (runtime == "onnx" or runtime in OUTSIDE):
+        raise InputError(f"--kv is for lowbit's own engines; {runtime} caches keys and values its own way.")
+    if runtime == "onnx":
+        return OnnxEngine(checkpoint)
     if runtime in OUTSIDE:
         return OUTSIDE[runtime](checkpoint, serving or Serving())
     net = skeleton(checkpoint)
@@ -67,6 +74,13 @@ def load(
     engine = GeneralEngine(net, source, dtype, kernels=kernels, kv=cache)
     engine.runtime += ", int8 attention products" if products else ""
     return engine
+
+
+def open_model(model: str | Path | Checkpoint, runtime: Runtime = "auto") -> Checkpoint:
+    """What `runtime` reads, from headers alone. Raises InputError for what it cannot."""
+    if runtime == "onnx":
+        return open_onnx(model.path if isinstance(model, Checkpoint) else model)
+    return model if isinstance(model, Checkpoint) else open_checkpoint(model)
 
 
 def choose_kv_cache(stored: KvCache | None, asked: str | None, path: str) -> KvCache | None:

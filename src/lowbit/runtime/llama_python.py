@@ -5,7 +5,6 @@ of all of them from one pass.
 """
 
 import importlib.util
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -18,22 +17,23 @@ from lowbit.runtime.served import ServedEngine
 class LlamaCppEngine(ServedEngine):
     """llama-server over a GGUF file."""
 
-    @cached_property
-    def _library(self) -> Any | None:
-        """The file in llama-cpp-python, or None where it is not installed."""
-        if importlib.util.find_spec("llama_cpp") is None:
-            return None
+    _loaded: Any = None
+
+    def _library(self, length: int) -> Any:
+        """The file in llama-cpp-python, for texts of `length` tokens: it makes room for all of their logits at once."""
         import llama_cpp
 
-        return llama_cpp.Llama(
-            str(self.checkpoint.path), n_ctx=self.context_length, logits_all=True, verbose=False,
-            n_threads=torch.get_num_threads(), n_threads_batch=torch.get_num_threads(),
-        )  # fmt: skip
+        if self._loaded is None or len(self._loaded.scores) < length:
+            self._loaded = llama_cpp.Llama(
+                str(self.checkpoint.path), n_ctx=length, logits_all=True, verbose=False,
+                n_threads=torch.get_num_threads(), n_threads_batch=torch.get_num_threads(),
+            )  # fmt: skip
+        return self._loaded
 
     def logits(self, tokens: Tensor) -> Tensor:
-        library = self._library
-        if library is None:
+        if importlib.util.find_spec("llama_cpp") is None:
             return super().logits(tokens)
+        library = self._library(tokens.shape[1])
         rows = []
         for window in tokens.tolist():
             library.reset()

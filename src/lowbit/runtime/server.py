@@ -19,7 +19,7 @@ import psutil
 from lowbit.client import get_text
 from lowbit.errors import InputError, LowbitError
 
-START_SECONDS = 600.0
+START_SECONDS = 1800.0  # vLLM compiles a model when it sees it for the first time
 _POLL_SECONDS = 0.1
 _LOG_BYTES = 2000
 

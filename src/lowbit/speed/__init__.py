@@ -23,7 +23,7 @@ from lowbit.client import is_url
 from lowbit.console import track
 from lowbit.errors import InputError, LowbitError
 from lowbit.intervals import CONFIDENCE, median_interval
-from lowbit.model.checkpoint import open_checkpoint
+from lowbit.runtime.engine import Runtime, open_model
 from lowbit.runtime.server import Serving
 from lowbit.speed.bandwidth import measure_bandwidth
 from lowbit.speed.energy import NO_ENERGY
@@ -96,7 +96,7 @@ def bench(
     grid: Sequence[Scenario] = (),
     grid_repeats: int = GRID_REPEATS,
     load: Load | None = None,
-    runtime: str = "auto",
+    runtime: Runtime = "auto",
     program: str | None = None,
     kv: str | None = None,
     seed: int = 0,
@@ -128,7 +128,7 @@ def bench(
         served = [_serve(name, s, load or Load(), seed) for s in scenarios for name in names]
         return _served_document(served, None if against is None else str(against), repeats)
     for name in names:
-        open_checkpoint(name)  # refuse before anything starts
+        open_model(name, runtime)  # refuse before anything starts
     peak = measure_bandwidth()
     needed = [*scenarios, *grid]
     serving = Serving(
