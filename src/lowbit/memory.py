@@ -14,6 +14,7 @@ wide Hessians wait on disk while their factor is used (`Parked`): a little slowe
 
 import ctypes
 import gc
+import os
 import resource
 from dataclasses import dataclass
 
@@ -180,14 +181,14 @@ def give_back(*, thoroughly: bool) -> None:
 
 def return_at_once() -> None:
     """From now on, memory blocks of a mebibyte and more go back to the system when they are freed. The C library
-    otherwise raises that limit to 32 MB, and keeps each thread's former activations for its next ones."""
+    otherwise raises that limit to 32 MB, and keeps each thread's former activations for its next ones. What the user
+    set in the environment stays."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 1 << 20)
-        mallopt(_M_TRIM_THRESHOLD, 1 << 20)
+    for variable, option in (("MALLOC_MMAP_THRESHOLD_", -3), ("MALLOC_TRIM_THRESHOLD_", -1)):
+        if mallopt is not None and variable not in os.environ:
+            mallopt(option, 1 << 20)
 
 
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _PIECE = 8  # float32 copies of a piece's weights while it is rounded
 _PROOF = 20  # bytes a weight: two float32 copies of a linear, and what they are made of
 _LEARNING = 6  # weights, latents, values, gradients, the start, the step
