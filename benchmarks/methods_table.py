@@ -69,7 +69,8 @@ CASES: dict[str, dict[str, list[tuple[str, str]]]] = {
         "w4a16": [("rtn", ""), ("gptq", ""), ("awq", ""), ("awq+gptq", ""), ("signround", "scope=model")],
     },
 }  # fmt: skip
-# as benchmarks/peers measures them: model -> what, bits per weight, perplexity, KL
+# as benchmarks/peers measures them on the whole text: model -> what, bits per weight, perplexity, KL
+PEERS_ORIGINAL = 12.856
 PEERS = {
     DEMO: [
         ("llm-compressor SmoothQuant+GPTQ W8A8", "8.052", "12.861", "0.00040"),
@@ -106,8 +107,10 @@ import json, sys
 import lowbit
 model, evaluation, windows, *outs = sys.argv[1:]
 words = {"seq_len": 512, "windows": int(windows) or None, "runtime": "float32"}
-results = lowbit.evaluate(outs, evaluation, against=model, **words)["results"]
-print(json.dumps([{"perplexity": e["perplexity"], "kl": e["kl"]} for e in results]))
+document = lowbit.evaluate(outs, evaluation, against=model, **words)
+original = document["reference"]["perplexity"]
+print(json.dumps([{"perplexity": e["perplexity"], "original_perplexity": original, "kl": e["kl"]}
+                  for e in document["results"]]))
 """
 Case = tuple[str, str, str, str]  # model, scheme, method, settings
 
@@ -155,11 +158,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     for model, name in ((DEMO, "The demo model"), (OUTLIER, "The same function with activation outliers")):
         lines += [
             f"**{name}**", "",
-            "| scheme | method | bits per weight | perplexity | KL | seconds | peak memory |",
+            "| scheme | method | bits per weight | perplexity increase | KL | seconds | peak memory |",
             "|---|---|---|---|---|---|---|",
         ]  # fmt: skip
         lines += [_line(r) for r in rows if r["model"] == model]
-        lines += [f"| peer | {what} | {bits} | {ppl} | {kl} | | |" for what, bits, ppl, kl in PEERS[model]]
+        lines += [
+            f"| peer | {what} | {bits} | {float(ppl) / PEERS_ORIGINAL - 1:+.2%} | {kl} | | |"
+            for what, bits, ppl, kl in PEERS[model]
+        ]
         lines.append("")
     return "\n".join(lines)
 
@@ -168,8 +174,9 @@ def _line(r: dict[str, Any]) -> str:
     how = f"`{r['method']}`" + (f" `--set {' --set '.join(r['set'].split(','))}`" if r["set"] else "")
     kl = f"{r['kl']['mean']:.5f} ± {r['kl']['stderr']:.5f}"
     seconds = "" if r["seconds"] is None else f"{r['seconds']:.0f}"
+    increase = r["perplexity"] / r["original_perplexity"] - 1
     return (
-        f"| `{r['scheme']}` | {how} | {r['bits_per_weight']:.3f} | {r['perplexity']:.3f} | {kl} | {seconds} "
+        f"| `{r['scheme']}` | {how} | {r['bits_per_weight']:.3f} | {increase:+.2%} | {kl} | {seconds} "
         f"| {r['peak_memory_bytes'] / 1e9:.2f} GB |"
     )
 
