@@ -21,7 +21,7 @@ QWEN = {
     "hidden_size": 160, "intermediate_size": 416, "num_hidden_layers": 2, "num_attention_heads": 5,
     "num_key_value_heads": 1, "max_position_embeddings": 256, "tie_word_embeddings": True,
 }  # fmt: skip
-GPT2 = {"n_embd": 120, "n_inner": 352, "n_layer": 2, "n_head": 3, "n_positions": 256}
+GPT2 = {"n_embd": 96, "n_inner": 352, "n_layer": 2, "n_head": 3, "n_positions": 256}
 
 
 def prose() -> tuple[str, str]:
