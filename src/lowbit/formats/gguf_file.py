@@ -214,7 +214,9 @@ def _entry(cursor: _Cursor) -> TensorEntry:
         )
     sizes = [int(cursor.number("<u8", f"the shape of {name!r}")) for _ in range(dimensions)]
     if 0 in sizes:
-        raise InputError(f"{cursor.path}: tensor {name!r} of shape {sizes[::-1]} holds no values. Fetch the file again.")
+        raise InputError(
+            f"{cursor.path}: tensor {name!r} of shape {sizes[::-1]} holds no values. Fetch the file again."
+        )
     type_id = cursor.number("<u4", f"the type of {name!r}")
     return TensorEntry(name, tuple(reversed(sizes)), type_id, int(cursor.number("<u8", f"the offset of {name!r}")))
 
