@@ -34,6 +34,7 @@ FOLLOW = "follow_original=true"
 CASES: dict[str, dict[str, list[tuple[str, str]]]] = {
     DEMO: {
         "w8a8": [("rtn", ""), ("gptq", ""), ("smoothquant", ""), ("smoothquant+gptq", "")],
+        "w8a8-bmm": [("smoothquant+gptq", "")],
         "w8a8-static": [("smoothquant+gptq", "")],
         "fp8": [("rtn", ""), ("gptq", ""), ("smoothquant+gptq", "")],
         "fp8-block": [("gptq", "")],
