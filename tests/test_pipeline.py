@@ -84,7 +84,7 @@ def test_every_layer_is_at_least_as_good_as_rtn(run: Run, tmp_path: Path, scheme
     assert [r["name"].split(".")[-1] for r in document["layers"]] == LINEARS * 2
     for report in document["layers"]:
         assert 0 < report["loss"] <= report["loss_rtn"]
-        assert report["fallback"] is None or "worse than rtn" in report["fallback"]
+        assert report["fallback"] is None or "worse than plain rtn" in report["fallback"]
 
 
 def test_document_and_manifest(finished: Path, run: Run, tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_method_that_is_worse_than_rtn_is_not_kept(run: Run, tmp_path: Path, m
     monkeypatch.setitem(METHODS, "gptq", bad_method(coarse))
     document = run(tmp_path / "out")
     for report in document["layers"]:
-        assert report["fallback"] == "worse than rtn on held-out windows: rtn"
+        assert report["fallback"] == "worse than plain rtn on held-out windows: plain rtn"
         assert report["loss"] == report["loss_rtn"]
     scheme = Scheme.parse("w4a16-g32")
     checkpoint, name = open_checkpoint(tmp_path / "out"), "model.layers.0.self_attn.q_proj"

@@ -27,7 +27,7 @@ from lowbit.scheme import Scheme, TensorScheme
 from lowbit.tensor import QuantizedTensor
 from lowbit.workers import one_thread, side_by_side
 
-WORSE = "worse than rtn on held-out windows"  # rtn is the better choice there, not the lack of one
+WORSE = "worse than plain rtn on held-out windows"  # which is the better choice there, not the lack of one
 UNREACHED = "no calibration token reached this layer: rtn"
 _QUERY_OR_KEY = re.compile(r"\b(q|k|qk|qkv|query|key|query_key_value|c_attn|w_?qkv)(_proj)?$", re.I)  # errors multiply
 
@@ -134,7 +134,7 @@ def _judged(
                 _, held_out = output_loss(statistics, target, mine, unit)
                 _, held_out_rtn = output_loss(statistics, target, theirs, unit)
             if reason is None and held_out is not None and held_out_rtn is not None and held_out > held_out_rtn:
-                chosen, reason, loss = theirs, f"{WORSE}: rtn", loss_plain
+                chosen, reason, loss = theirs, f"{WORSE}: plain rtn", loss_plain
             loss_rtn = loss_plain if unit.original else statistics.loss(unit.plain_error(weight, grid, scale_dtype))[0]
             signal, _ = output_loss(statistics, weight, None, unit)
             relative = (loss / signal) ** 0.5 if signal > 0 else 0.0
