@@ -169,7 +169,7 @@ def test_the_page_computes_what_python_does_and_exports_it(document: dict[str, A
         assert other["tpot_s"] == pytest.approx(-tpot)  # half as long as the original's
         page.fill("[name=utilization]", "7")
         assert "no number in their range" in page.inner_text("#whatif-note")
-        page.set_viewport_size({"width": 375, "height": 800})
+        page.set_viewport_size({"width": 375, "height": 800})  # at once: the picture may not be redrawn yet
         assert page.evaluate("document.documentElement.scrollWidth") <= 375
         assert complaints == []
         browser.close()

@@ -65,7 +65,11 @@ def test_fastest_within_the_limit_wins() -> None:
 
 
 def test_among_equally_fast_ones_the_most_accurate_wins() -> None:
-    assert decide(candidate("a", 2.02, 0.005), candidate("b", 2.0, 0.001))["name"] == "b"
+    answer = decide(candidate("a", 2.02, 0.005), candidate("b", 2.0, 0.001))
+    assert answer["name"] == "b"
+    assert (
+        answer["reasons"][0] == "2.00x faster per token than the original, within 3% of a, and closer to the original"
+    )
 
 
 def test_do_not_quantize_when_nothing_is_faster() -> None:
@@ -89,7 +93,7 @@ def test_too_few_runs_call_no_winner() -> None:
 def test_selection_and_confirmation_must_both_hold() -> None:
     c = candidate("a", 2.0, 0.005)
     c["selection"]["perplexity_increase"] = 0.02
-    assert "too inaccurate" in verdict(c, LIMITS)
+    assert verdict(c, LIMITS) == "too inaccurate: perplexity +2.00% on the selection text, limit +1.00%"
 
 
 @pytest.mark.parametrize(

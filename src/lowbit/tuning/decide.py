@@ -66,7 +66,7 @@ def recommend(
         return {"name": "original", "reasons": reasons + [f"{c['name']}: {c['verdict']}" for c in candidates]}
     if good:
         best = _closest(good, limits) if wanted.accuracy else _fastest(good, limits)
-        return {"name": best["name"], "reasons": _praise(best, limits)}
+        return {"name": best["name"], "reasons": _praise(best, good, limits)}
     none = f"no candidate is {wanted.better} within the limits here, outside the noise"
     reasons = ["no candidate keeps the limits here" if wanted.accuracy else none]
     reasons += why_none(candidates, limits)
@@ -100,12 +100,16 @@ def _losses(candidate: dict[str, Any], objective: str) -> np.ndarray:
     return np.array([1.0 - s["scores"][m] for task, m in counted for s in evaluated["tasks"][task]["samples"]])
 
 
-def _praise(best: dict[str, Any], limits: Limits) -> list[str]:
-    """Why this one, with its numbers."""
+def _praise(best: dict[str, Any], good: Sequence[dict[str, Any]], limits: Limits) -> list[str]:
+    """Why this one of the good ones, with its numbers."""
     e, key, wanted = best["evaluate"], limits.optimize, MEASURES[limits.optimize]
     first = f"{wanted.better} within the limits, {best['ratio']['tpot']:.2f}x faster per token"
     if not wanted.accuracy:
-        first = f"{best['ratio'][key]:.2f}x {wanted.better} than the original, the best within the limits"
+        most = max(good, key=lambda c: float(c["ratio"][key]))
+        why = "the best within the limits"
+        if most is not best:
+            why = f"within {LEAST_GAIN - 1:.0%} of {most['name']}, and closer to the original"
+        first = f"{best['ratio'][key]:.2f}x {wanted.better} than the original, {why}"
     reasons = [
         first,
         f"perplexity {e['perplexity_increase']:+.2%} ± {e['perplexity_increase_stderr']:.2%} on text that "

@@ -52,6 +52,7 @@ class Measure:
     write: Callable[[float], str]
     more: bool = False  # more is better
     accuracy: bool = False
+    keys: tuple[str, ...] = ()  # of an accuracy on text: where it stands in the evaluation of each of the two texts
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,8 @@ def checks(candidate: Row, limits: Limits) -> list[Check]:
         limit = getattr(limits, measure.option.removeprefix("--").replace("-", "_"))
         if limit is not None:
             value = measure.value(candidate)
-            words = f"{measure.words} {measure.write(value)}, limit {measure.write(limit)}"
+            where = _where(candidate, measure.keys) if measure.keys else ""
+            words = f"{measure.words} {measure.write(value)}{where}, limit {measure.write(limit)}"
             found.append(Check(measure.option, value, limit, words, measure.more))
     if limits.tasks and limits.max_task_drop is None:
         value = max((d["drop"] for d in _drops(candidate) if d["outside_noise"]), default=0.0)
@@ -123,14 +125,21 @@ def at_concurrency(candidate: Row) -> Row:
     return row
 
 
-def _worse_part(candidate: Row, *keys: str) -> float:
-    values = []
-    for part in ("selection", "evaluate"):
-        value = candidate[part]
-        for key in keys:
-            value = value[key]
-        values.append(float(value))
-    return max(values)
+def _on_text(candidate: Row, part: str, keys: tuple[str, ...]) -> float:
+    value = candidate[part]
+    for key in keys:
+        value = value[key]
+    return float(value)
+
+
+def _worse(*keys: str) -> Callable[[Row], float]:
+    return lambda c: max(_on_text(c, part, keys) for part in ("selection", "evaluate"))
+
+
+def _where(candidate: Row, keys: tuple[str, ...]) -> str:
+    """The table shows the confirmation text: a verdict on the other one says so."""
+    worse = _on_text(candidate, "selection", keys) > _on_text(candidate, "evaluate", keys)
+    return " on the selection text" if worse else ""
 
 
 def _drops(candidate: Row) -> list[Row]:
@@ -167,11 +176,11 @@ MEASURES: dict[str, Measure] = {  # the name is also that of the ratio in the be
     ),
     "perplexity": Measure(
         "--max-ppl-increase", "too inaccurate: perplexity", "the least perplexity",
-        lambda c: _worse_part(c, "perplexity_increase"), lambda x: f"{x:+.2%}", accuracy=True,
+        _worse("perplexity_increase"), lambda x: f"{x:+.2%}", accuracy=True, keys=("perplexity_increase",),
     ),
     "kl": Measure(
-        "--max-kl", "too inaccurate: KL", "the least KL", lambda c: _worse_part(c, "kl", "mean"), lambda x: f"{x:.5f}",
-        accuracy=True,
+        "--max-kl", "too inaccurate: KL", "the least KL", _worse("kl", "mean"), lambda x: f"{x:.5f}",
+        accuracy=True, keys=("kl", "mean"),
     ),
     "tasks": Measure(
         "--max-task-drop", "too inaccurate: right answers lost:", "the most right answers",
