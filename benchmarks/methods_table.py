@@ -1,6 +1,6 @@
 """Every method by every kind of scheme: KL, perplexity, bits per weight, seconds, peak memory, beside the peers'.
 
-    python benchmarks/methods_table.py [--outlier DIRECTORY] [--only demo:w4a16:gptq] [--again]
+    python benchmarks/methods_table.py [--outlier DIRECTORY] [--only demo:w4a16:gptq ...] [--again]
 
 Each is quantized in a process of its own with the defaults (128 x 512 calibration tokens of the demo's text) and
 evaluated on --windows windows of 512 tokens, spread over the demo's evaluation text: weights dequantized, float32,
@@ -182,6 +182,10 @@ def _line(r: dict[str, Any]) -> str:
     )
 
 
+def wanted(case: Case, globs: list[str]) -> bool:
+    return any(fnmatch.fnmatchcase(":".join(case), glob + "*") for glob in globs)
+
+
 def read_rows() -> list[dict[str, Any]]:
     """The rows measured so far, in the order of CASES."""
     stored = json.loads(RESULTS.read_text())["rows"] if RESULTS.exists() else []
@@ -202,7 +206,9 @@ def render() -> None:
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--outlier", help="directory of the model with activation outliers")
-    p.add_argument("--only", default="*", help="glob of MODEL:SCHEME:METHOD:SETTINGS or of any beginning of it")
+    p.add_argument(
+        "--only", nargs="+", default=["*"], help="globs of MODEL:SCHEME:METHOD:SETTINGS or of any beginning of it"
+    )
     p.add_argument("--again", action="store_true", help="measure rows that are there already")
     p.add_argument("--untimed", action="store_true", help="leave the seconds out: the machine is busy")
     p.add_argument("--together", type=int, default=6, help="so many are evaluated in one pass over the text")
@@ -216,7 +222,7 @@ def main() -> None:
         pending = [
             case
             for case in ([] if a.render else every_case())
-            if case[0] == model and fnmatch.fnmatchcase(":".join(case), a.only + "*") and (a.again or case not in there)
+            if case[0] == model and wanted(case, a.only) and (a.again or case not in there)
         ]
         for i in range(0, len(pending), a.together):
             new = measure(pending[i : i + a.together], path, a.windows, untimed=a.untimed)
