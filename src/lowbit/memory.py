@@ -36,7 +36,7 @@ from lowbit.tensor import rows_at_once
 
 BATCH = 4  # windows a batch at most
 _CACHE = 8 << 20  # bytes: a batch's widest activations stay in the cache
-_WORTH_SPILLING = 256e6  # bytes of activations in memory
+_WORTH_SPILLING = 256e6  # bytes that need not be in memory
 _FEW_GROUPS = 8  # so often may a batch be computed anew without being asked to
 
 
@@ -66,7 +66,7 @@ class Memory:
     @property
     def pays(self) -> bool:
         """Whether the disk takes enough for its price, a second forward pass or two of each block."""
-        return self.spills and self.activations > _WORTH_SPILLING and self.peak > 1.2 * self.least
+        return self.spills and self.peak - self.least > _WORTH_SPILLING and self.peak > 1.2 * self.least
 
 
 def windows_at_once(model: PreTrainedModel, blocks: Blocks, seq_len: int) -> int:

@@ -29,6 +29,7 @@ from lowbit.numerics import scale_shape
 from lowbit.scheme import Granularity, Scheme, TensorScheme
 from lowbit.tensor import InputGrid, QuantizedTensor
 
+_PACKED_ROWS = 256  # at once
 _FP4 = ("nvfp4-pack-quantized", "mxfp4-pack-quantized")
 
 
@@ -49,6 +50,10 @@ def code_bits(scheme: Scheme) -> int:
 
 def pack_bits(codes: Tensor, bits: int) -> Tensor:
     """Signed codes (rows, n) int8 -> int32 (rows, ceil(n * bits / 32))."""
+    return torch.cat([_pack_rows(rows, bits) for rows in codes.split(_PACKED_ROWS)])  # a byte a bit on the way
+
+
+def _pack_rows(codes: Tensor, bits: int) -> Tensor:
     unsigned = (codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8).numpy()
     fields = np.unpackbits(unsigned[..., None], axis=-1, bitorder="little")[..., :bits].reshape(len(unsigned), -1)
     fields = np.pad(fields, ((0, 0), (0, -fields.shape[1] % 32)))
