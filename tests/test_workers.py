@@ -114,7 +114,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(quantize: Any, tmp_pat
 
 
 def in_a_worker(monkeypatch: pytest.MonkeyPatch, at: int, do: Callable[[], Any]) -> None:
-    """In worker processes, from the at-th sweep of the whole run on (shared memory counts), `do` instead."""
+    """In worker processes, from the at-th refinement of the whole run on (shared memory counts), `do` instead."""
     gptq = importlib.import_module("lowbit.algorithms.gptq")  # the package has a function of that name
     parent, original, count = os.getpid(), gptq.refine, torch.zeros(1, dtype=torch.int64).share_memory_()
 
@@ -132,7 +132,7 @@ def test_a_killed_worker_leaves_no_output_and_the_run_is_resumed(
 ) -> None:
     quantize(tmp_path / "whole")
     with monkeypatch.context() as patch:
-        in_a_worker(patch, 70, lambda: os.kill(os.getpid(), signal.SIGKILL))  # in the second block: 64 are the first's
+        in_a_worker(patch, 35, lambda: os.kill(os.getpid(), signal.SIGKILL))  # in the second block: 32 are the first's
         with pytest.raises(WorkerError, match="killed by SIGKILL"):
             quantize(tmp_path / "out", workers=2)
     assert not (tmp_path / "out").exists()

@@ -31,6 +31,9 @@ from lowbit.scheme import TensorScheme
 from lowbit.tensor import QuantizedTensor, join_rows, row_pieces
 from lowbit.workers import side_by_side
 
+_STRIP = 1024  # rows of a triangle that are inverted at once
+_SWAPPED = 1 << 20  # numbers
+
 
 @dataclass(frozen=True)
 class GPTQSettings:
@@ -64,14 +67,12 @@ def gptq(
         return feedback(scaled(rows), diagonal, U, order, scheme, settings, scale_dtype)
 
     def better(rows: Tensor, result: QuantizedTensor) -> QuantizedTensor:
-        for _ in range(settings.sweeps):
-            result = refine(scaled(rows), result, H)
-        return result
+        return refine(scaled(rows), result, H, settings.sweeps)
 
     pieces = row_pieces(weight, scheme)  # their codes do not depend on each other's
     parked = Parked(H)  # H and U need not be in memory together
     try:
-        U, used = _factor(partial(parked.permuted, order), parked.diagonal, settings.dampening_frac)
+        U, used = _factor(parked.permuted, order, parked.diagonal, settings.dampening_frac)
         results = side_by_side([partial(first, piece, U, parked.diagonal) for piece in pieces])
         del U
     finally:
@@ -152,23 +153,52 @@ def column_order(diagonal: Tensor, scheme: TensorScheme, desc_act: bool) -> Tens
 def inverse_cholesky(H: Tensor, dampening_frac: float, order: Tensor | None = None) -> tuple[Tensor, float]:
     """Upper U with Uᵀ U = (H + λI)⁻¹, columns and rows in `order`, and the λ / mean(diag H) that made H positive
     definite. All of it happens in one matrix beside H: a wide linear's takes hundreds of megabytes."""
-    return _factor(lambda: H.clone() if order is None else H[order[:, None], order], H.diagonal(), dampening_frac)
+    order = torch.arange(len(H)) if order is None else order
+    return _factor(lambda order: H[order[:, None], order], order, H.diagonal(), dampening_frac)
 
 
-def _factor(copy: Callable[[], Tensor], diagonal: Tensor, dampening_frac: float) -> tuple[Tensor, float]:
-    """The same, in the place of what `copy` returns: H in the order that is wanted."""
+def _factor(
+    permuted: Callable[[Tensor], Tensor], order: Tensor, diagonal: Tensor, dampening_frac: float
+) -> tuple[Tensor, float]:
+    """The same; `permuted` returns a new matrix with H in some order.
+
+    With P, which reverses the order:  P H P = L Lᵀ  gives  U = P L⁻¹ P , half the work of H's own inverse.
+    """
     fraction, failed = dampening_frac, torch.empty((), dtype=torch.int32)
     for _ in range(6):
-        matrix = copy().T  # symmetric; LAPACK works by columns
+        matrix = permuted(order.flip(0))
         matrix.diagonal().add_(diagonal.mean() * fraction)
-        torch.linalg.cholesky_ex(matrix, out=(matrix, failed))
+        L = matrix.T  # symmetric; LAPACK works by columns
+        torch.linalg.cholesky_ex(L, out=(L, failed))
         if not int(failed):
-            torch.cholesky_inverse(matrix, out=matrix)
-            torch.linalg.cholesky_ex(matrix, upper=True, out=(matrix, failed))
-            if not int(failed):
-                return matrix, fraction
+            _invert_lower(L)
+            _reverse(matrix)
+            return L, fraction
         fraction = max(fraction * 10, 1e-4)
     raise ValueError(f"the Hessian is not positive definite even with dampening_frac {fraction / 10:g}")
+
+
+def _invert_lower(L: Tensor) -> None:
+    """A lower triangular matrix becomes its inverse, a strip of rows at a time."""
+    for start in range(0, len(L), _STRIP):
+        rows = slice(start, start + _STRIP)
+        corner = L[rows, rows]
+        inverse = torch.linalg.solve_triangular(corner, torch.eye(len(corner)), upper=False)
+        for k in range(0, start, _STRIP):
+            L[rows, k : k + _STRIP] = -inverse @ (L[rows, k:start] @ L[k:start, k : k + _STRIP])
+        L[rows, rows] = inverse
+
+
+def _reverse(matrix: Tensor) -> None:
+    """Rows and columns of a contiguous matrix in the reverse order, in place: its numbers from the last to the first."""
+    numbers = matrix.view(-1)
+    half = len(numbers) // 2
+    for start in range(0, half, _SWAPPED):
+        n = min(_SWAPPED, half - start)
+        front, back = numbers[start : start + n], numbers[len(numbers) - start - n : len(numbers) - start]
+        swapped = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(swapped)
 
 
 class Columns:
@@ -209,8 +239,8 @@ class Columns:
             self.zero[:, k] = zero[:, 0]
 
 
-def refine(weight: Tensor, quantized: QuantizedTensor, H: Tensor) -> QuantizedTensor:
-    """One exact descent sweep on (W - Ŵ) H (W - Ŵ)ᵀ: group scales first, then every column's codes. Never worse.
+def refine(weight: Tensor, quantized: QuantizedTensor, H: Tensor, sweeps: int = 1) -> QuantizedTensor:
+    """Exact descent on (W - Ŵ) H (W - Ŵ)ᵀ: group by group its scales first, then every column's codes. Never worse.
 
     `weight` is what the codes stand for before the tensor's own scale and rotation, if there are any.
     """
@@ -219,36 +249,53 @@ def refine(weight: Tensor, quantized: QuantizedTensor, H: Tensor) -> QuantizedTe
     grid = Columns(quantized.scale, quantized.zero_point, scheme, weight.shape, quantized.table)
     W_hat = plain.dequantize()
     G = (weight.float() - W_hat) @ H
-    if scheme.granularity in ("group", "channel"):
-        _refit_scales(W_hat, G, H, grid)
-    diagonal = H.diagonal()
-    for start in range(0, W_hat.shape[1], 128):
-        end = min(start + 128, W_hat.shape[1])
-        G1, H1 = G[:, start:end].T.contiguous(), H[start:end, start:end]  # (block, out)
-        before = W_hat[:, start:end].clone()
-        values = before.T.contiguous()
-        for i in range(end - start):
-            j = start + i
-            w_hat = grid.nearest(values[i] + G1[i] / diagonal[j], j)
-            G1[i + 1 :].addr_(H1[i, i + 1 :], w_hat - values[i], alpha=-1)
-            values[i] = w_hat
-        W_hat[:, start:end] = values.T
-        G[:, end:].addmm_(W_hat[:, start:end] - before, H[start:end, end:], alpha=-1)
+    diagonal, grouped = H.diagonal(), scheme.granularity == "group"
+    block = max(128 // grid.columns, 1) * grid.columns if grouped else 128
+    for sweep in range(sweeps):
+        if scheme.granularity == "channel":
+            _refit_channels(W_hat, G, H, grid)
+        for start in range(0, W_hat.shape[1], block):
+            here = slice(start, min(start + block, W_hat.shape[1]))
+            before, H1 = W_hat[:, here].clone(), H[here, here]
+            values, G1 = before.T.contiguous(), G[:, here].T.contiguous()  # (block, out)
+            if grouped:
+                for k in range(0, len(values), grid.columns):
+                    _refit_group(values, G1, H1, grid, start, slice(k, k + grid.columns))
+            for i in range(len(values)):
+                w_hat = grid.nearest(values[i] + G1[i] / diagonal[start + i], start + i)
+                G1[i + 1 :].addr_(H1[i, i + 1 :], w_hat - values[i], alpha=-1)
+                values[i] = w_hat
+            W_hat[:, here] = values.T
+            later = slice(here.stop if sweep == sweeps - 1 else 0, None)  # what is still to be read
+            G[:, later].addmm_(W_hat[:, here] - before, H[here, later], alpha=-1)
     return replace(grid.codes(W_hat), tensor_scale=quantized.tensor_scale, rotation=quantized.rotation)
 
 
-def _refit_scales(W_hat: Tensor, G: Tensor, H: Tensor, grid: Columns) -> None:
-    """The least-squares scale of each group given its codes, after rounding to the storage dtype; in place."""
-    for k in range(grid.scale.shape[1]):
-        columns = slice(k * grid.columns, (k + 1) * grid.columns)
-        old = grid.scale[:, k]
-        codes = W_hat[:, columns] / old[:, None]  # (out, group): code - zero_point
-        curvature = ((codes @ H[columns, columns]) * codes).sum(1)
-        slope = (G[:, columns] * codes).sum(1)
-        new = storable(old + slope / curvature.clamp(min=1e-30), grid.dtype).float()
-        step = new - old
-        gain = 2 * step * slope - step.square() * curvature
-        step = torch.where(gain > 0, step, 0.0)
-        grid.scale[:, k] = torch.where(step != 0, new, grid.scale[:, k])
-        W_hat[:, columns] += step[:, None] * codes
-        G.addmm_(step[:, None] * codes, H[columns], alpha=-1)
+def _refit_group(values: Tensor, G1: Tensor, H1: Tensor, grid: Columns, start: int, group: slice) -> None:
+    """The least-squares scale of a group given its codes, after rounding to the storage dtype; in place. `values` and
+    G1 (block, out) begin at column `start`, `group` is counted from there."""
+    k = (start + group.start) // grid.columns
+    codes = values[group] / grid.scale[:, k]  # (group, out): code - zero_point
+    curved = H1[:, group] @ codes
+    step = _scale_step(grid, k, curvature=(curved[group] * codes).sum(0), slope=(G1[group] * codes).sum(0))
+    values[group] += step * codes
+    G1 -= step * curved
+
+
+def _refit_channels(W_hat: Tensor, G: Tensor, H: Tensor, grid: Columns) -> None:
+    """The same for scales of whole rows."""
+    codes = W_hat / grid.scale
+    curved = codes @ H
+    step = _scale_step(grid, 0, curvature=(curved * codes).sum(1), slope=(G * codes).sum(1))[:, None]
+    W_hat += step * codes
+    G -= step * curved
+
+
+def _scale_step(grid: Columns, k: int, curvature: Tensor, slope: Tensor) -> Tensor:
+    """(out,) by how much each row's k-th scale changes, 0 where the rounded optimum is no gain; changed in `grid`."""
+    old = grid.scale[:, k].clone()
+    new = storable(old + slope / curvature.clamp(min=1e-30), grid.dtype).float()
+    step = new - old
+    step = torch.where(2 * step * slope - step.square() * curvature > 0, step, 0.0)
+    grid.scale[:, k] = torch.where(step != 0, new, old)
+    return step
