@@ -26,7 +26,7 @@ MOST_SLOWER, MOST_TIME = 1.05, 0.25
 
 def run(a: argparse.Namespace, *, exhaustive: bool) -> dict[str, Any]:
     """{seconds, recommendation, original, rows} of one of the two."""
-    candidates = [Candidate(*pair.split(":")) for pair in a.candidates.split(",")]
+    candidates = [Candidate(*pair.split(":", 1)) for pair in a.candidates.split(",")]
     with tempfile.TemporaryDirectory() as place:
         start = time.monotonic()
         document = tune(
