@@ -25,7 +25,8 @@ from torch import Tensor
 
 from lowbit.algorithms.any4 import learn_table
 from lowbit.algorithms.scale_search import search_qparams
-from lowbit.numerics import choose_qparams, nearest_value, quantize, storable, tensor_scale_of
+from lowbit.kernels.columns import FP8, INTEGERS, TABLE, Grid, descend, round_and_repair
+from lowbit.numerics import choose_qparams, fixed_table, quantize, storable, tensor_scale_of
 from lowbit.parking import Parked
 from lowbit.scheme import TensorScheme
 from lowbit.tensor import QuantizedTensor, join_rows, row_pieces
@@ -107,22 +108,24 @@ def feedback(
     width = scheme.group_size if grouped else 1
     block = max(settings.block_size // width, 1) * width  # lazy blocks hold whole groups
 
+    searched = grouped and settings.scale_search
     W_hat = torch.empty_like(W)
     W = W[:, order]
     importance = U.diagonal() ** -2
     for start in range(0, W.shape[1], block):
         end = min(start + block, W.shape[1])
+        columns = order[start:end]
         W1, U1 = W[:, start:end].T.contiguous(), U[start:end, start:end]  # (block, out)
-        E, rounded = torch.empty_like(W1), torch.empty_like(W1)
-        for i, column in enumerate(order[start:end].tolist()):
-            if grouped and settings.scale_search and i % width == 0:
-                group = W1[i : i + width].T.contiguous()
-                grid.search(column, group, importance[start + i : start + i + width])
-            rounded[i] = grid.nearest(W1[i], column)
-            E[i] = (W1[i] - rounded[i]) / U1[i, i]
-            W1[i + 1 :].addr_(U1[i, i + 1 :], E[i], alpha=-1)
-        W_hat[:, order[start:end]] = rounded.T
-        W[:, end:].addmm_(E.T.contiguous(), U[start:end, end:], alpha=-1)
+        rounded = []
+        for i in range(0, len(columns), width if searched else len(columns)):
+            here = slice(i, i + width if searched else None)
+            if searched:
+                grid.search(int(columns[i]), W1[here].T.contiguous(), importance[start:end][here])
+            rounded.append(round_and_repair(W1[here], U1[here, here], grid.of(columns[here])))
+            if searched:
+                W1[i + width :].addmm_(U1[here, i + width :].T, W1[here], alpha=-1)
+        W_hat[:, columns] = torch.cat(rounded).T
+        W[:, end:].addmm_(W1.T.contiguous(), U[start:end, end:], alpha=-1)  # W1 holds the errors now
     return grid.codes(W_hat)
 
 
@@ -190,7 +193,7 @@ def _invert_lower(L: Tensor) -> None:
 
 
 def _reverse(matrix: Tensor) -> None:
-    """Rows and columns of a contiguous matrix in the reverse order, in place: its numbers from the last to the first."""
+    """Rows and columns of a contiguous matrix in reverse order, in place: its numbers from the last to the first."""
     numbers = matrix.view(-1)
     half = len(numbers) // 2
     for start in range(0, half, _SWAPPED):
@@ -202,26 +205,29 @@ def _reverse(matrix: Tensor) -> None:
 
 
 class Columns:
-    """Scales, zero points and tables seen column by column. Scales are kept in float32, at values of their dtype."""
+    """Scales, zero points and tables seen by columns. Scales are kept in float32, at values of their dtype."""
 
     def __init__(
         self, scale: Tensor, zero: Tensor | None, scheme: TensorScheme, shape: torch.Size, table: Tensor | None = None
     ) -> None:
         self.scale, self.zero, self.scheme, self.table = scale.float(), zero, scheme, table
         self.dtype = scale.dtype
-        self.rows = shape[0] // scale.shape[0]  # weight rows that share a scale
-        self.columns = shape[1] // scale.shape[1]
+        self.out, self.columns = shape[0], shape[1] // scale.shape[1]  # rows; columns that share a scale
+        levels = fixed_table(scheme) if table is None else table.float()
+        self.levels = None if levels is None else levels.expand(self.out, -1).T.contiguous()  # (entries, out)
 
-    def at(self, column: int) -> tuple[Tensor, Tensor | None]:
-        """float32 scale and zero point (out,) or (1,) of a column."""
-        k = column // self.columns
-        scale, zero = self.scale[:, k], None if self.zero is None else self.zero[:, k].float()
-        if self.rows > 1 and len(scale) > 1:
-            scale = scale.repeat_interleave(self.rows)
-        return scale, zero
+    def of(self, columns: Tensor) -> Grid:
+        """The grid of some columns, scale and zero point for each row of the weight."""
+        tiles, index = torch.unique(columns // self.columns, return_inverse=True)
+        scale, zero = self._rows(self.scale[:, tiles]), None
+        if self.zero is not None:
+            zero = self._rows(self.zero[:, tiles].float())
+        kind = TABLE if self.levels is not None else FP8 if self.scheme.kind == "float" else INTEGERS
+        return Grid(kind, scale, index.int(), zero, self.levels, float(self.scheme.qmin), float(self.scheme.qmax))
 
-    def nearest(self, w: Tensor, column: int) -> Tensor:
-        return nearest_value(w, *self.at(column), self.scheme, self.table)
+    def _rows(self, values: Tensor) -> Tensor:
+        """(out/r, n) or (1, n) -> (n, out)."""
+        return values.repeat_interleave(self.out // len(values), 0).T.contiguous()
 
     def codes(self, W_hat: Tensor) -> QuantizedTensor:
         """The tensor whose values are W_hat, already on the grid."""
@@ -249,7 +255,7 @@ def refine(weight: Tensor, quantized: QuantizedTensor, H: Tensor, sweeps: int = 
     grid = Columns(quantized.scale, quantized.zero_point, scheme, weight.shape, quantized.table)
     W_hat = plain.dequantize()
     G = (weight.float() - W_hat) @ H
-    diagonal, grouped = H.diagonal(), scheme.granularity == "group"
+    columns, grouped = torch.arange(W_hat.shape[1]), scheme.granularity == "group"
     block = max(128 // grid.columns, 1) * grid.columns if grouped else 128
     for sweep in range(sweeps):
         if scheme.granularity == "channel":
@@ -261,10 +267,7 @@ def refine(weight: Tensor, quantized: QuantizedTensor, H: Tensor, sweeps: int = 
             if grouped:
                 for k in range(0, len(values), grid.columns):
                     _refit_group(values, G1, H1, grid, start, slice(k, k + grid.columns))
-            for i in range(len(values)):
-                w_hat = grid.nearest(values[i] + G1[i] / diagonal[start + i], start + i)
-                G1[i + 1 :].addr_(H1[i, i + 1 :], w_hat - values[i], alpha=-1)
-                values[i] = w_hat
+            descend(values, G1, H1, grid.of(columns[here]))
             W_hat[:, here] = values.T
             later = slice(here.stop if sweep == sweeps - 1 else 0, None)  # what is still to be read
             G[:, later].addmm_(W_hat[:, here] - before, H[here, later], alpha=-1)

@@ -99,6 +99,23 @@ struct AttnJob {
   const int32_t* table = nullptr;
 };
 
+enum class Grid : int { kInt, kTable, kFp8 };
+
+// A block of columns that are rounded one after the other (columns.h); arrays are (columns, out) unless said otherwise.
+struct Sweep {
+  int columns = 0, out = 0, scales = 0, entries = 0;
+  bool descend = false;
+  Grid kind = Grid::kInt;
+  float* x = nullptr;             // feedback: weights, which become errors / U_ii; descent: slopes, which are kept up
+  float* value = nullptr;         // feedback: what the weights are rounded to; descent: the same, which changes
+  const float* matrix = nullptr;  // (columns, columns): U or H, of which the upper triangle is read
+  const float* scale = nullptr;   // (scales, out)
+  const float* zero = nullptr;    // (scales, out), or null
+  const int32_t* index = nullptr; // (columns,): which scale
+  const float* table = nullptr;   // (entries, out), ascending; kTable
+  float lowest = 0.f, highest = 0.f;
+};
+
 struct Kernels {
   const char* name;
   // out[m, row] (+)= W a for panels [p0, p1) and rows [0, m). scratch: linear_scratch bytes, 64-aligned.
@@ -123,6 +140,8 @@ struct Kernels {
   // Lower triangle of sum (width, width) += XᵀX of bf16 rows (rows, stride). scratch: gram_scratch(width), 64-aligned.
   void (*gram)(const uint16_t* x, size_t stride, int rows, int width, float* sum, uint8_t* scratch);
   size_t (*gram_scratch)(int width);
+  void (*sweep)(const Sweep& s, uint8_t* scratch);  // scratch: sweep_scratch(s), 64-aligned
+  size_t (*sweep_scratch)(const Sweep& s);
   uint64_t (*read)(const uint8_t* p, size_t n, int pattern);
   uint64_t (*ops_int8)(size_t iterations);  // arithmetic ceiling: 16 x 128 operations an iteration
 };
