@@ -12,6 +12,9 @@ from lowbit.kernels.columns import (
     TABLE,
     Grid,
     descend,
+    errors_twin,
+    grid_errors,
+    native_errors,
     native_sweep,
     round_and_repair,
     sweep_columns,
@@ -68,6 +71,17 @@ def test_equal_to_the_twin(isa: str, kind: str, columns: int, out: int, descends
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("columns", "out"), [(1, 1), (128, 64), (33, 15), (300, 70)])
+def test_errors_of_many_scales(isa: str, kind: str, columns: int, out: int) -> None:
+    x, _, _ = block(columns, out)
+    weight = torch.rand(columns)
+    g = grid(kind, 16 * 9, out, torch.Generator().manual_seed(5))  # nine scales
+    mine, theirs = native_errors(x, weight, g, isa), errors_twin(x, weight, g)
+    assert torch.allclose(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_adversarial_values(isa: str, kind: str) -> None:
     special = [0.0, -0.0, 1e-40, -1e-45, 0.5, 1.5, 2.5, -0.5, 447.9, 1e9, -1e30, 3e38, 2.0**-10, 2.0**-9 * 1.5, 464.0]
     x = torch.tensor(special).repeat(4, 1)
@@ -95,6 +109,7 @@ def test_operator() -> None:
         g = grid(kind, 20, 30, torch.Generator().manual_seed(3))
         arguments: tuple[Any, ...] = (x.clone(), value.clone(), H, g.scale, g.zero, g.index, g.table, g.kind)
         torch.library.opcheck(sweep_columns, (*arguments, g.lowest, g.highest, True))
+        torch.library.opcheck(grid_errors, (x, H[0].abs(), g.scale, g.zero, g.table, g.kind, g.lowest, g.highest))
 
 
 def test_what_the_two_loops_are_for() -> None:
@@ -125,5 +140,7 @@ def test_refusals() -> None:
         native_sweep(x, value, H[:, :3], g, descend=True)
     with pytest.raises(ValueError, match="index"):
         native_sweep(x, value, H, Grid(INTEGERS, g.scale, g.index + 7, None, None, 0.0, 1.0), descend=True)
+    with pytest.raises(ValueError, match="weight: expected"):
+        native_errors(x, torch.ones(3), g)
     with pytest.raises(ValueError, match="table"):
         native_sweep(x, value, H, Grid(TABLE, g.scale, g.index), descend=True)

@@ -13,7 +13,16 @@ error in column j costs at the output). Two things are more than the usual shrin
 import torch
 from torch import Tensor
 
-from lowbit.numerics import _tiles, choose_qparams, nearest_value, qparams_from_range, scale_dtype_of, storable
+from lowbit.kernels.columns import FP8, INTEGERS, NO_INDEX, TABLE, Grid, scale_errors
+from lowbit.numerics import (
+    _tiles,
+    choose_qparams,
+    fixed_table,
+    nearest_value,
+    qparams_from_range,
+    scale_dtype_of,
+    storable,
+)
 from lowbit.scheme import TensorScheme
 
 
@@ -30,24 +39,48 @@ def search_qparams(
     tiles = _tiles(x.float(), scheme)  # (R, r, C, c)
     weight = torch.ones(x.shape[1]) if importance is None else importance.float()
     weight = weight.reshape(1, 1, tiles.shape[2], tiles.shape[3])
-    best_scale, best_zero = choose_qparams(x, scheme, scale_dtype)
-    best_scale = best_scale.float()
-    best_error = _error(tiles, best_scale, best_zero, weight, scheme)
-    low, high = tiles.amin((1, 3)), tiles.amax((1, 3))
-    absmax = torch.maximum(-low, high)
-    for steps, sign in _candidates(scheme):
-        if scheme.symmetric:
-            scale, zero = storable(absmax / (sign * steps), scale_dtype), None
-        else:
-            shrink = (scheme.qmax - scheme.qmin) / steps
-            scale, zero = qparams_from_range(low * shrink, high * shrink, scheme, scale_dtype)
-        error = _error(tiles, scale, zero, weight, scheme)
-        better = error < best_error
-        best_error = torch.where(better, error, best_error)
-        best_scale = torch.where(better, scale.float(), best_scale)
-        if zero is not None and best_zero is not None:
-            best_zero = torch.where(better, zero, best_zero)
-    return best_scale.to(scale_dtype), best_zero
+    scale, zero = choose_qparams(x, scheme, scale_dtype)
+    scale = scale.float()
+    for k in range(tiles.shape[2]):
+        tile = tiles[:, :, k]  # (R, r, c)
+        scales, zeros = _tried(tile, scale[:, k], None if zero is None else zero[:, k], scheme, scale_dtype)
+        best = _errors(tile, scales, zeros, weight[0, 0, k], scheme).argmin(0)  # the first of equals
+        scale[:, k] = scales.gather(0, best[None])[0]
+        if zero is not None and zeros is not None:
+            zero[:, k] = zeros.gather(0, best[None])[0].to(zero.dtype)
+    return scale.to(scale_dtype), zero
+
+
+def _tried(
+    tile: Tensor, scale: Tensor, zero: Tensor | None, scheme: TensorScheme, scale_dtype: torch.dtype
+) -> tuple[Tensor, Tensor | None]:
+    """(candidates, R) scales and zero points in float32 for tile (R, r, c): those given first, then all that are
+    searched."""
+    low, high = tile.amin((1, 2)), tile.amax((1, 2))
+    steps, signs = torch.tensor(_candidates(scheme)).T[:, :, None]
+    if scheme.symmetric:
+        others = storable(torch.maximum(-low, high) / (signs * steps), scale_dtype)
+        return torch.cat([scale[None], others.float()]), None
+    shrink = (scheme.qmax - scheme.qmin) / steps
+    others, zeros = qparams_from_range(low * shrink, high * shrink, scheme, scale_dtype)
+    assert zero is not None and zeros is not None  # noqa: PT018
+    return torch.cat([scale[None], others.float()]), torch.cat([zero[None].float(), zeros.float()])
+
+
+def _errors(tile: Tensor, scales: Tensor, zeros: Tensor | None, weight: Tensor, scheme: TensorScheme) -> Tensor:
+    """(candidates, R) squared errors of tile (R, r, c), weighted by weight (c,)."""
+    if tile.shape[1] == 1:  # a row each
+        table = fixed_table(scheme)
+        levels = None if table is None else table.float()[:, None].expand(-1, len(tile)).contiguous()
+        kind = TABLE if table is not None else FP8 if scheme.kind == "float" else INTEGERS
+        limits = (float(scheme.qmin), float(scheme.qmax))
+        return scale_errors(tile[:, 0].T.contiguous(), weight, Grid(kind, scales, NO_INDEX, zeros, levels, *limits))
+    errors = []
+    for k, scale in enumerate(scales):
+        zero = None if zeros is None else zeros[k, :, None, None]
+        difference = nearest_value(tile, scale[:, None, None], zero, scheme).sub_(tile)
+        errors.append(difference.square_().mul_(weight).sum((1, 2)))
+    return torch.stack(errors)
 
 
 def _candidates(scheme: TensorScheme) -> list[tuple[float, int]]:
@@ -66,11 +99,3 @@ def _candidates(scheme: TensorScheme) -> list[tuple[float, int]]:
         steps = sorted({*steps, *(full * (0.9 + 0.025 * i) for i in range(15)), full, full - 1})
     signs = (1, -1) if scheme.symmetric and scheme.bits <= 4 else (1,)
     return [(s, sign) for s in steps for sign in signs]
-
-
-def _error(tiles: Tensor, scale: Tensor, zero: Tensor | None, weight: Tensor, scheme: TensorScheme) -> Tensor:
-    """(R, C) weighted squared error of each tile."""
-    scale4 = scale.float()[:, None, :, None]
-    zero4 = None if zero is None else zero.float()[:, None, :, None]
-    difference = nearest_value(tiles, scale4, zero4, scheme).sub_(tiles)
-    return difference.square_().mul_(weight).sum((1, 3))

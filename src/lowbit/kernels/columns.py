@@ -1,7 +1,8 @@
 # ruff: noqa: ARG001  (a fake takes every argument of its operator)
-"""GPTQ's column loops (algorithms/gptq.py) as a torch operator: the C++ kernel in cpu/columns.h, and its torch twin.
+"""GPTQ's column loops (algorithms/gptq.py) and the errors of many scales as torch operators: the C++ kernels are in
+cpu/columns.h, their torch twins here.
 
-Both do the same operations in the same order, none of which may be fused, so their results are equal to the last bit.
+A loop does the same operations in the same order in both, none of which may be fused: codes are equal to the last bit.
 Arrays are (columns, out): the columns of a block of the weight, each in one piece.
 """
 
@@ -79,15 +80,50 @@ def twin(x: Tensor, value: Tensor, matrix: Tensor, grid: Grid, *, descend: bool)
         x[i + 1 :] -= matrix[i, i + 1 :, None] * change
 
 
+NO_INDEX = torch.empty(0, dtype=torch.int32)
+
+
+def scale_errors(x: Tensor, weight: Tensor, grid: Grid) -> Tensor:
+    """(scales, out): what every scale of the grid would cost each row, Σ weight_i (ŵ_i - w_i)² over the columns of x
+    (columns, out); weight (columns,). The grid's index is not read."""
+    args = (grid.scale, grid.zero, grid.table, grid.kind, grid.lowest, grid.highest)
+    errors: Tensor = grid_errors(x, weight, *args)
+    return errors
+
+
+@torch.library.custom_op("lowbit::grid_errors", mutates_args=())
+def grid_errors(
+    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None,
+    kind: int, lowest: float, highest: float,
+) -> Tensor:  # fmt: skip
+    """See `scale_errors`."""
+    return errors_twin(x, weight, Grid(kind, scale, NO_INDEX, zero, table, lowest, highest))
+
+
+@grid_errors.register_fake
+def _(
+    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None,
+    kind: int, lowest: float, highest: float,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(scale.shape)
+
+
+def errors_twin(x: Tensor, weight: Tensor, grid: Grid) -> Tensor:
+    """The operator's meaning, in torch; sums in another order."""
+    costs = [(_nearest(x, grid, k) - x).square_().mul_(weight[:, None]).sum(0) for k in range(len(grid.scale))]
+    return torch.stack(costs)
+
+
 def _nearest(w: Tensor, grid: Grid, k: int) -> Tensor:
-    """The grid's values next to w (out,) under the k-th scales."""
+    """The grid's values next to w (..., out) under the k-th scales."""
     y = w / grid.scale[k]
     if grid.kind == FP8:
         return y.clamp(-448, 448).to(torch.float8_e4m3fn).float() * grid.scale[k]
     if grid.table is not None:
         levels = grid.table.T.contiguous()
         middles = ((levels[:, 1:] + levels[:, :-1]) / 2).contiguous()
-        return levels.gather(1, torch.searchsorted(middles, y[:, None]))[:, 0] * grid.scale[k]
+        codes = torch.searchsorted(middles, y.reshape(-1, y.shape[-1]).T.contiguous())  # (out, ...)
+        return levels.gather(1, codes).T.reshape(y.shape) * grid.scale[k]
     codes = y.round()
     if grid.zero is None:
         return codes.clamp(grid.lowest, grid.highest) * grid.scale[k]
@@ -99,26 +135,49 @@ def native_sweep(
     x: Tensor, value: Tensor, matrix: Tensor, grid: Grid, *, descend: bool, isa: str | None = None
 ) -> None:
     """The C++ `sweep_columns`, in the calling thread; `isa` names one of `native.isas()`."""
-    (columns, out), matrix = x.shape, matrix.contiguous()
+    columns, out = x.shape
+    matrix = matrix.contiguous()
+    _check(
+        {"x": (x, (columns, out)), "value": (value, (columns, out)), "matrix": (matrix, (columns, columns))}, grid, out
+    )
+    index = grid.index.to(torch.int32).contiguous()
+    if len(index) != columns or (columns and not 0 <= int(index.min()) <= int(index.max()) < len(grid.scale)):
+        raise ValueError(f"index: expected {columns} numbers below {len(grid.scale)}")
+    _call(_DESCENT if descend else _FEEDBACK, x, value, matrix, grid, index, isa)
+
+
+def native_errors(x: Tensor, weight: Tensor, grid: Grid, isa: str | None = None) -> Tensor:
+    """The C++ `grid_errors`, in the calling thread."""
+    columns, out = x.shape
+    weight = weight.contiguous()
+    _check({"x": (x, (columns, out)), "weight": (weight, (columns,))}, grid, out)
+    error = torch.empty(len(grid.scale), out)
+    _call(_ERRORS, x, error, weight, grid, grid.index, isa)
+    return error
+
+
+_FEEDBACK, _DESCENT, _ERRORS = range(3)
+
+
+def _check(arrays: dict[str, tuple[Tensor, tuple[int, ...]]], grid: Grid, out: int) -> None:
+    """Raise ValueError for what C++ would read or write beyond."""
     scales, entries = len(grid.scale), 0 if grid.table is None else len(grid.table)
-    shapes = {
-        "value": (value, (columns, out)), "matrix": (matrix, (columns, columns)), "scale": (grid.scale, (scales, out)),
-        "zero": (grid.zero, (scales, out)), "table": (grid.table, (entries, out)), "x": (x, (columns, out)),
-    }  # fmt: skip
-    for name, (tensor, shape) in shapes.items():
-        if tensor is None:
-            continue
+    every = arrays | {"scale": (grid.scale, (scales, out))}
+    every |= {} if grid.zero is None else {"zero": (grid.zero, (scales, out))}
+    every |= {} if grid.table is None else {"table": (grid.table, (entries, out))}
+    for name, (tensor, shape) in every.items():
         if tensor.shape != shape or tensor.dtype != torch.float32 or not tensor.is_contiguous():
             raise ValueError(f"{name}: expected contiguous float32 {shape}, got {tensor.dtype} {tuple(tensor.shape)}")
-    index = grid.index.to(torch.int32).contiguous()
-    if len(index) != columns or (columns and not 0 <= int(index.min()) <= int(index.max()) < scales):
-        raise ValueError(f"index: expected {columns} numbers below {scales}")
     if (grid.kind == TABLE) != (entries > 0):
         raise ValueError(f"kind {grid.kind} with a table of {entries} entries")
+
+
+def _call(what: int, x: Tensor, value: Tensor, matrix: Tensor, grid: Grid, index: Tensor, isa: str | None) -> None:
+    scales, zero, table = len(grid.scale), grid.zero, grid.table
     native.sweep(
-        descend, grid.kind, x.data_ptr(), value.data_ptr(), columns, out, matrix.data_ptr(), grid.scale.data_ptr(),
-        scales, 0 if grid.zero is None else grid.zero.data_ptr(), index.data_ptr(),
-        0 if grid.table is None else grid.table.data_ptr(), entries, grid.lowest, grid.highest, isa,
+        what, grid.kind, x.data_ptr(), value.data_ptr(), *x.shape, matrix.data_ptr(), grid.scale.data_ptr(), scales,
+        0 if zero is None else zero.data_ptr(), index.data_ptr(), 0 if table is None else table.data_ptr(),
+        0 if table is None else len(table), grid.lowest, grid.highest, isa,
     )  # fmt: skip
 
 
@@ -129,5 +188,13 @@ def _sweep_cpu(
     native_sweep(x, value, matrix, Grid(kind, scale, index, zero, table, lowest, highest), descend=descend)
 
 
+def _errors_cpu(
+    x: Tensor, weight: Tensor, scale: Tensor, zero: Tensor | None, table: Tensor | None,
+    kind: int, lowest: float, highest: float,
+) -> Tensor:  # fmt: skip
+    return native_errors(x, weight, Grid(kind, scale, NO_INDEX, zero, table, lowest, highest))
+
+
 if native is not None:
+    grid_errors.register_kernel("cpu")(_errors_cpu)
     sweep_columns.register_kernel("cpu")(_sweep_cpu)

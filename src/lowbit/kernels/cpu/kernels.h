@@ -142,6 +142,9 @@ struct Kernels {
   size_t (*gram_scratch)(int width);
   void (*sweep)(const Sweep& s, uint8_t* scratch);  // scratch: sweep_scratch(s), 64-aligned
   size_t (*sweep_scratch)(const Sweep& s);
+  // Instead: value (scales, out) = each scale's squared error over the columns of x, weighted by matrix (columns,).
+  void (*grid_errors)(const Sweep& s, uint8_t* scratch);
+  size_t (*errors_scratch)(const Sweep& s);
   uint64_t (*read)(const uint8_t* p, size_t n, int pattern);
   uint64_t (*ops_int8)(size_t iterations);  // arithmetic ceiling: 16 x 128 operations an iteration
 };
