@@ -83,7 +83,7 @@ def watched(command: list[str], **variables: str) -> tuple[dict[str, Any], str]:
             except psutil.NoSuchProcess:
                 break
             pss, private = max(pss, now[0]), max(private, now[1])
-            marks |= now[2]
+            marks |= {pid: max(mark, marks.get(pid, 0)) for pid, mark in now[2].items()}  # one that has ended says 0
             time.sleep(POLL_SECONDS)
         process.wait()
         seconds = time.perf_counter() - start
