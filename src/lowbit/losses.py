@@ -18,7 +18,9 @@ from lowbit.model.walk import Entry
 from lowbit.parking import WIDE
 from lowbit.scheme import TensorScheme
 from lowbit.stats import Hessian, Rows, quadratic_losses
-from lowbit.tensor import QuantizedTensor, rows_at_once
+from lowbit.tensor import QuantizedTensor
+
+_ENTRIES = 1 << 22  # of an error, at once: fewer, and the Hessian is read more often than the error
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def output_loss(
 ) -> tuple[float, float | None]:
     """Statistics.loss of weight - quantized (of the weight itself for None), some rows at a time."""
     splits = quantized is None or (quantized.rotation is None and quantized.scheme.granularity in ("channel", "group"))
-    pieces = weight.split(rows_at_once(weight.shape[1]) if splits else len(weight))
+    pieces = weight.split(max(_ENTRIES // weight.shape[1], 64) if splits else len(weight))
     sizes = [len(piece) for piece in pieces]
     values = [None] * len(pieces) if quantized is None else quantized.split_rows(sizes) if splits else [quantized]
     every, held_out, start = 0.0, 0.0, 0

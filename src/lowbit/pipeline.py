@@ -40,7 +40,7 @@ from lowbit.parking import parking_in
 from lowbit.preflight import check_disk, make_plan
 from lowbit.recipe import Recipe
 from lowbit.scheme import Scheme
-from lowbit.workers import check_workers, using
+from lowbit.workers import check_workers, default_workers, using
 
 
 @torch.no_grad()
@@ -53,7 +53,7 @@ def quantize(
     force: bool = False,
     max_memory: int | None = None,
     dry_run: bool = False,
-    workers: int = 1,
+    workers: int | None = None,
     **words: Any,
 ) -> dict[str, Any]:
     """Quantize `model` into the directory `output`; returns the `quantize` document.
@@ -61,13 +61,14 @@ def quantize(
     The recipe is given whole or as its words (scheme="w4a16", method="gptq", ...). Raises InputError for bad input;
     an interrupted run leaves `output`.partial, which resume=True finishes to the same bytes. `max_memory` (bytes, by
     default what is available) decides whether activations stay in memory, `workers` how many processes round weights
-    (lowbit/workers.py); neither changes the result. With `dry_run` nothing is written, and the document holds the
+    (lowbit/workers.py; by default one a core); neither changes the result. With `dry_run` nothing is written, and the document holds the
     forecast only.
     """
     recipe = recipe or Recipe(**words)
     start = time.perf_counter()
     output = Path(output)
-    check_workers(workers)
+    processes = workers or default_workers()
+    check_workers(processes if workers is None else workers)
     check_output(output, resume=resume, force=force)
     checkpoint = open_checkpoint(model)
     net = skeleton(checkpoint)
@@ -79,10 +80,13 @@ def quantize(
     probe(net, source, blocks)
     calibration = find_calibration(checkpoint, recipe)
     give_back(thoroughly=False)
-    memory = estimate_memory(net, blocks, recipe, checkpoint.dtype, torch.get_num_threads(), workers)
+    memory = estimate_memory(net, blocks, recipe, checkpoint.dtype, torch.get_num_threads(), processes)
+    if workers is None and max_memory is not None and memory.least > max_memory:
+        processes = 1
+        memory = estimate_memory(net, blocks, recipe, checkpoint.dtype, torch.get_num_threads(), processes)
     frugal = choose_frugal(memory, max_memory)
     check_disk(plan, output, resume=resume, spilled=memory.spilled if frugal else 0)
-    predicted = forecast(net, blocks, plan, recipe, memory, frugal=frugal, small_too=dry_run, workers=workers)
+    predicted = forecast(net, blocks, plan, recipe, memory, frugal=frugal, small_too=dry_run, workers=processes)
     if dry_run:
         return {"output": str(output), "scheme": recipe.scheme, "method": recipe.method, "predicted": predicted}
     checkpoint.check_finite()
@@ -107,7 +111,7 @@ def quantize(
     work = Work(output, identity, resume=resume, force=force)
     layout = format_for(plan.schemes.values(), own_layout=METHODS[method.rounding].own_layout)
     job = Job(net, source, blocks, plan, recipe, work, layout, torch.get_num_threads(), frugal)
-    with using(workers), parking_in(work.activations.parent if frugal else None):
+    with using(processes), parking_in(work.activations.parent if frugal else None):
         layers = job.run(calibration)
     document = document_of(output, recipe, layers, time.perf_counter() - start, 8 * checkpoint.dtype.itemsize)
     if recipe.kv_scheme is not None:

@@ -10,6 +10,7 @@ from lowbit.kernels.ops import add_gram
 _CHUNK_ROWS = 2048
 _LOSS_ROWS = 256
 _TILE = 128
+_STRIP = 256  # columns of EᵀE made at once
 
 
 @dataclass
@@ -113,8 +114,8 @@ def quadratic_losses(error: Tensor, *hessians: Tensor) -> list[float]:
     rows, width = error.shape
     E = error.float()
     totals = [0.0] * len(hessians)
-    for i in range(0, width, _TILE):
-        end = i + _TILE
+    for i in range(0, width, _STRIP):
+        end = i + _STRIP
         gram = E[:, i:end].T @ E[:, :end]
         for k, H in enumerate(hessians):
             by_column = (gram * H[i:end, :end]).sum(0).double()

@@ -29,12 +29,17 @@ import torch
 from lowbit.errors import InputError, LowbitError
 
 T = TypeVar("T")
-_setting = {"workers": 1}
+_setting = {"workers": 1, "threads": 0}  # threads: torch's number outside `one_thread`, 0 if that is not in force
 _PR_SET_PDEATHSIG = 1
 
 
 class WorkerError(LowbitError):
     """A worker process ended without an answer."""
+
+
+def default_workers() -> int:
+    """One for each of torch's threads, where processes can be forked."""
+    return torch.get_num_threads() if sys.platform == "linux" else 1
 
 
 def check_workers(workers: int) -> None:
@@ -60,19 +65,48 @@ def using(workers: int) -> Iterator[None]:
 def one_thread() -> Iterator[None]:
     """Column loops are thousands of operations of a few microseconds: a second thread costs more than it brings,
     and on a busy machine each waits for it."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
+    before, _setting["threads"] = _setting["threads"], _setting["threads"] or torch.get_num_threads()
+    with _threads(1):
+        try:
+            yield
+        finally:
+            _setting["threads"] = before
+
+
+@contextlib.contextmanager
+def every_thread() -> Iterator[None]:
+    """Within `one_thread`, for a product that is large: torch's threads as they are outside. Not in a piece of work
+    side by side, whose result must not depend on how many others there are."""
+    with _threads(_setting["threads"] or torch.get_num_threads()):
+        yield
+
+
+@contextlib.contextmanager
+def _threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
     try:
         yield
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
+
+
+@contextlib.contextmanager
+def _alone() -> Iterator[None]:
+    """One thread for a piece, whatever it asks for."""
+    before, _setting["threads"] = _setting["threads"], 1
+    try:
+        with _threads(1):
+            yield
+    finally:
+        _setting["threads"] = before
 
 
 def side_by_side(pieces: Sequence[Callable[[], T]]) -> list[T]:
     """The pieces' results, in order. Raises what the first failing piece raised, or WorkerError if a worker died."""
     workers = min(_setting["workers"], len(pieces))
     if workers <= 1:
-        with one_thread():
+        with _alone():
             return [piece() for piece in pieces]
     children: list[_Child] = []
     try:
@@ -140,11 +174,11 @@ def _work(pieces: Sequence[Callable[[], Any]], pipe: Connection, parent: int) ->
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == parent:
             _setting["workers"] = 1
-            torch.set_num_threads(1)
             torch.set_grad_enabled(False)
             answer: Any
             try:
-                answer = [piece() for piece in pieces]
+                with _alone():
+                    answer = [piece() for piece in pieces]
             except Exception as error:  # the parent raises it
                 answer = error
             pipe.send_bytes(pickle.dumps(answer, protocol=5))  # by value: what torch shares would end with the child

@@ -30,7 +30,7 @@ from lowbit.numerics import choose_qparams, fixed_table, quantize, storable, ten
 from lowbit.parking import Parked
 from lowbit.scheme import TensorScheme
 from lowbit.tensor import QuantizedTensor, join_rows, row_pieces
-from lowbit.workers import side_by_side
+from lowbit.workers import every_thread, side_by_side
 
 _STRIP = 1024  # rows of a triangle that are inverted at once
 _SWAPPED = 1 << 20  # numbers
@@ -172,9 +172,11 @@ def _factor(
         matrix = permuted(order.flip(0))
         matrix.diagonal().add_(diagonal.mean() * fraction)
         L = matrix.T  # symmetric; LAPACK works by columns
-        torch.linalg.cholesky_ex(L, out=(L, failed))
+        with every_thread():
+            torch.linalg.cholesky_ex(L, out=(L, failed))
         if not int(failed):
-            _invert_lower(L)
+            with every_thread():
+                _invert_lower(L)
             _reverse(matrix)
             return L, fraction
         fraction = max(fraction * 10, 1e-4)

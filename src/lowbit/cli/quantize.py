@@ -46,8 +46,11 @@ def quantize(
         str | None, typer.Option(metavar="4GB", help="Memory to stay under (default: what is available).")
     ] = None,
     workers: Annotated[
-        int, typer.Option(metavar="N", help="Processes that round weights; the result does not depend on it.", min=1)
-    ] = 1,
+        int | None,
+        typer.Option(
+            metavar="N", help="Processes that round weights (default: one a core); no effect on the result.", min=1
+        ),
+    ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Predict memory, disk and time; write nothing.")] = False,
     resume: Annotated[bool, typer.Option("--resume", help="Finish an interrupted run.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Replace what is there.")] = False,

@@ -82,7 +82,7 @@ def quantize(
     force: bool = False,
     max_memory: int | None = None,
     dry_run: bool = False,
-    workers: int = 1,
+    workers: int | None = None,
     sensitivity_by: Way = "fisher",
     **words: Any,
 ) -> dict[str, Any]:
