@@ -61,8 +61,8 @@ def quantize(
     The recipe is given whole or as its words (scheme="w4a16", method="gptq", ...). Raises InputError for bad input;
     an interrupted run leaves `output`.partial, which resume=True finishes to the same bytes. `max_memory` (bytes, by
     default what is available) decides whether activations stay in memory, `workers` how many processes round weights
-    (lowbit/workers.py; by default one a core); neither changes the result. With `dry_run` nothing is written, and the document holds the
-    forecast only.
+    (lowbit/workers.py; by default one a core); neither changes the result. With `dry_run` nothing is written, and the
+    document holds the forecast only.
     """
     recipe = recipe or Recipe(**words)
     start = time.perf_counter()
