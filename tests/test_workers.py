@@ -15,7 +15,7 @@ import pytest
 import torch
 
 import lowbit
-from lowbit import cli, tensor
+from lowbit import cli, tensor, workers
 from lowbit.errors import InputError
 from lowbit.workers import WorkerError, side_by_side, using
 
@@ -106,8 +106,8 @@ def test_numbers_of_workers_that_are_refused(quantize: Any, tmp_path: Path, monk
 )
 def test_the_bytes_do_not_depend_on_the_number_of_workers(quantize: Any, tmp_path: Path, words: Any) -> None:
     reports = []
-    for workers in (1, 2, 3):
-        document = quantize(tmp_path / f"{workers}", workers=workers, **words)
+    for count in (1, 2, 3):
+        document = quantize(tmp_path / f"{count}", workers=count, **words)
         reports.append([{k: v for k, v in r.items() if k != "seconds"} for r in document["layers"]])
     assert files(tmp_path / "1") == files(tmp_path / "2") == files(tmp_path / "3")
     assert reports[0] == reports[1] == reports[2]
@@ -157,6 +157,27 @@ def command(words: list[str]) -> int:
         finally:
             os._exit(status)
     return pid
+
+
+def test_an_interrupt_while_workers_start_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Python forgets what is raised in the functions that it calls after a fork."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    start, started = workers._start, []
+
+    def interrupted(pieces: Any) -> Any:
+        started.append(start(pieces))
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0)  # the handler runs here
+        return started[-1]
+
+    monkeypatch.setattr(workers, "_start", interrupted)
+    try:
+        with workers.using(2), pytest.raises(KeyboardInterrupt):
+            workers.side_by_side([lambda: time.sleep(60), lambda: time.sleep(60)])
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(started) == 2
+    assert all(child.status == -signal.SIGKILL for child in started)
 
 
 def children_of(pid: int, count: int) -> list[psutil.Process]:

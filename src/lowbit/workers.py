@@ -18,6 +18,7 @@ import os
 import pickle
 import signal
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -110,8 +111,9 @@ def side_by_side(pieces: Sequence[Callable[[], T]]) -> list[T]:
             return [piece() for piece in pieces]
     children: list[_Child] = []
     try:
-        for k in range(workers):
-            children.append(_start(pieces[k::workers]))
+        with _interrupts_held():
+            for k in range(workers):
+                children.append(_start(pieces[k::workers]))
         answers = _answers(children)
     finally:
         for child in children:
@@ -151,6 +153,23 @@ def _start(pieces: Sequence[Callable[[], Any]]) -> _Child:
         _work(pieces, sending, parent)
     sending.close()
     return _Child(pid, receiving)
+
+
+@contextlib.contextmanager
+def _interrupts_held() -> Iterator[None]:
+    """A Ctrl-C within counts at the end. In the middle of a fork it would be raised in one of the functions that
+    Python calls after it, where exceptions are printed and forgotten."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    held: list[tuple[int, Any]] = []
+    before = signal.signal(signal.SIGINT, lambda *interrupt: held.append(interrupt))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if held and callable(before):
+        before(*held[0])
 
 
 @contextlib.contextmanager
