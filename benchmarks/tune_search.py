@@ -5,9 +5,10 @@ windows and times it; `tune` as it is by default. The speed of what each recomme
 own measurements, so that both figures come from one series of turns.
 
 Each of the two is written when it is done, and is not done again after an interruption (its time is measured in one
-piece). On two cores the search takes a minute or two and the exhaustive run about ten.
+piece; `--only search` stops after the first). On two cores the search takes a minute or two and the exhaustive run about
+ten.
 
-    python benchmarks/tune_search.py [--model demo] [--text FILE] [--limit 0.01] [--output FILE]
+    python benchmarks/tune_search.py [--model demo] [--text FILE] [--limit 0.01] [--only search] [--output FILE]
 """
 
 import argparse
@@ -89,14 +90,17 @@ def main() -> None:
     p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--candidates", metavar="METHOD:SCHEME,...", default=",".join(f"{m}:{s}" for m, s in FULL))
     p.add_argument("--output", "--json", dest="file", type=Path, default=RESULTS / "tune_search.json")
+    p.add_argument("--only", choices=("search",), help="leave the exhaustive run to the next call")
     a = p.parse_args()
-    settings = {k: v for k, v in vars(a).items() if k != "file"}
+    settings = {k: v for k, v in vars(a).items() if k not in ("file", "only")}
     done: dict[str, Any] = known(a.file, settings).get("measured", {})
-    for name in ("search", "everything"):
+    for name in ("search",) if a.only else ("search", "everything"):
         if name not in done:
             done[name] = run(a, exhaustive=name == "everything")
             save(a.file, settings, {"measured": done}, finished=False)
         show(name, done[name])
+    if a.only:
+        return
     c = compare(done["search"], done["everything"])
     save(a.file, settings, c, finished=True)
     print(f"found {c['found']}, fastest {c['fastest']}: {c['tpot_of_found_over_fastest']} x its time per token "
