@@ -53,8 +53,7 @@ def served() -> Iterator[str]:
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     try:
-        assert server.stdout is not None
-        if "ready" not in iter(lambda: server.stdout.readline().strip(), ""):
+        if "ready\n" not in (server.stdout or ()):
             raise SystemExit("the server ended before it was ready")
         yield f"http://127.0.0.1:{port}"
     finally:
