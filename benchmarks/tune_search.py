@@ -5,10 +5,11 @@ windows and times it; `tune` as it is by default. The speed of what each recomme
 own measurements, so that both figures come from one series of turns.
 
 Each of the two is written when it is done, and is not done again. The search is timed in one piece; `--only search`
-stops after it. The exhaustive run goes on after an interruption (Ctrl-C) with the candidates that it has made, and what
-its pieces took is added up; the speed of all is measured in the last piece. Time is processor time of all processes
-beside the seconds on the clock, because pieces may have met other work. On two cores the search takes a minute or two
-and the exhaustive run ten (without AVX-512, six and forty).
+stops after it. The exhaustive run, given a `--work` directory, goes on after an interruption with the candidates that
+it has made, and what its pieces took is added up; `--only making` ends before the speed of all is measured, which needs
+the machine to itself. Time is processor time of all processes beside the seconds on the clock, because pieces may have
+met other work. On two cores the search takes a minute or two and the exhaustive run ten (without AVX-512, six and
+forty).
 
     python benchmarks/tune_search.py [--model demo] [--text FILE] [--limit 0.01] [--work DIRECTORY] [--output FILE]
 """
@@ -17,10 +18,13 @@ import argparse
 import json
 import os
 import shutil
+import signal
+import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 from partial import RESULTS, commit, known, save
 
@@ -53,6 +57,14 @@ def run(a: argparse.Namespace, place: Path, *, exhaustive: bool) -> dict[str, An
         "original": document["original"]["bench"]["tpot_s"]["median"],
         "rows": rows(document),
     }
+
+
+class Paused(Exception):
+    """Everything is made and its accuracy measured."""
+
+
+def pause(*_: Any) -> None:
+    raise Paused
 
 
 def processor_seconds() -> float:
@@ -107,23 +119,29 @@ def main() -> None:
     p.add_argument("--repeats", type=int, default=5)
     p.add_argument("--candidates", metavar="METHOD:SCHEME,...", default=",".join(f"{m}:{s}" for m, s in FULL))
     p.add_argument("--output", "--json", dest="file", type=Path, default=RESULTS / "tune_search.json")
-    p.add_argument("--only", choices=("search",), help="leave the exhaustive run to the next call")
+    p.add_argument("--only", choices=("search", "making"), help="leave the rest to the next call")
     p.add_argument("--any-commit", action="store_true", help="go on with what another commit has measured")
     p.add_argument("--work", type=Path, help="where candidates are kept for the next piece (default: nowhere)")
     a = p.parse_args()
     settings = {k: v for k, v in vars(a).items() if k not in ("file", "only", "any_commit", "work")}
     done: dict[str, Any] = known(a.file, settings, any_commit=a.any_commit).get("measured", {})
-    for name in ("search",) if a.only else ("search", "everything"):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the seconds so far are written, as after Ctrl-C
+    for name in ("search",) if a.only == "search" else ("search", "everything"):
         if name not in done:
             place = a.work / name if a.work else Path(tempfile.mkdtemp())
             try:
+                if a.only == "making" and name == "everything":
+                    with patch("lowbit.tuning.measure_speed", pause):
+                        run(a, place, exhaustive=True)
                 done[name] = run(a, place, exhaustive=name == "everything")
+            except Paused:
+                return
             finally:
                 if not a.work or name in done:
                     shutil.rmtree(place)
             save(a.file, settings, {"measured": done}, finished=False)
         show(name, done[name])
-    if a.only:
+    if a.only == "search":
         return
     c = compare(done["search"], done["everything"])
     save(a.file, settings, c, finished=True)
