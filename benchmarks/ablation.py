@@ -86,13 +86,18 @@ Engines = dict[tuple[bool, str | None], Engine]
 Tokens = list[list[int]]
 
 
+def save_random(folder: Path, shape: dict[str, Any]) -> None:
+    """A model of this shape with random weights and the demo's tokenizer."""
+    torch.manual_seed(0)
+    LlamaForCausalLM(LlamaConfig(**shape)).to(torch.bfloat16).save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DEMO / "model" / name, folder / name)
+
+
 def make_models(folder: Path) -> Engines:
     """{(int8?, cache): engine} of the same random model."""
     plain, int8 = folder / "bf16", folder / "int8"
-    torch.manual_seed(0)
-    LlamaForCausalLM(LlamaConfig(**SHAPE)).to(torch.bfloat16).save_pretrained(plain)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(DEMO / "model" / name, plain / name)
+    save_random(plain, SHAPE)
     lowbit.quantize(plain, int8, scheme=INT8, method="rtn")
     wanted = dict.fromkeys((c.int8, c.cache) for c in CASES)
     return {(own, cache): lowbit.load(int8 if own else plain, kv=cache) for own, cache in wanted}

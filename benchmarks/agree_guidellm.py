@@ -5,18 +5,27 @@ share nothing between runs, so that no cache of the server helps the second. Wha
 mean gap between tokens (lowbit's TPOT, GuideLLM's inter-token latency) and generated tokens a second. The difference of
 the tools stands beside the spread of each tool's own rounds, which is the noise.
 
-Every round is written as it ends, and an interrupted script goes on with the next. About five minutes on two cores.
+A load generator computes too: one that shares its cores with the server slows the server down, and GuideLLM's several
+processes more than lowbit's one. So the server has cores of its own, and both tools have the others. Without a URL the
+server is agree_server.py on the first core; one that is started by hand is kept to some cores by `taskset`.
 
-    llama-server -m demo-q8_0.gguf --port 8099 --no-cache-prompt -np 2 -t 2
+Every round is written as it ends, and an interrupted script goes on with the next. About ten minutes on two cores.
+
+    python benchmarks/agree_guidellm.py --guidellm PATH/guidellm
+    taskset -c 0 llama-server -m MODEL.gguf --port 8099 --no-cache-prompt -np 2 -t 1 &
     python benchmarks/agree_guidellm.py http://127.0.0.1:8099 --guidellm PATH/guidellm --tokenizer MODEL_DIRECTORY
 """
 
 import argparse
 import json
+import os
+import socket
 import statistics
 import subprocess
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +38,27 @@ from lowbit.speed import Load, bench
 
 WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school", "state")
 FIGURES = ("ttft_s", "tpot_s", "tokens_per_s")
+
+
+@contextmanager
+def served() -> Iterator[str]:
+    """The URL of agree_server.py, on the first core that this process may use."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    core = {min(os.sched_getaffinity(0))}
+    command = [sys.executable, str(Path(__file__).with_name("agree_server.py")), str(port)]
+    server = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, preexec_fn=lambda: os.sched_setaffinity(0, core),
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    try:
+        if "ready\n" not in (server.stdout or ()):
+            raise SystemExit("the server ended before it was ready")
+        yield f"http://127.0.0.1:{port}"
+    finally:
+        server.terminate()
+        server.wait()
 
 
 def by_lowbit(url: str, a: argparse.Namespace, seed: int) -> dict[str, float]:
@@ -78,24 +108,41 @@ def compare(own: list[Mapping[str, float]], other: list[Mapping[str, float]], fi
     return medians | {"ratio": ratio.to_dict(), "own_spread": spread, "within_noise": bool(within)}
 
 
-def main() -> None:
+def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("url")
+    p.add_argument("url", nargs="?", help="default: agree_server.py, started on the first core")
     p.add_argument("--guidellm", default="guidellm")
     p.add_argument("--tokenizer", default=str(DEMO / "model"))
     for name, value in (("rounds", 6), ("requests", 32), ("concurrency", 2), ("prompt", 64), ("answer", 48)):
         p.add_argument(f"--{name}", type=int, default=value)
     p.add_argument("--output", "--json", dest="file", type=Path, default=RESULTS / "agreement.json")
-    a = p.parse_args()
-    settings = {k: getattr(a, k) for k in ("url", "rounds", "requests", "concurrency", "prompt", "answer")}
+    return p.parse_args()
+
+
+def take_turns(url: str, a: argparse.Namespace, settings: dict[str, Any]) -> dict[str, list[Mapping[str, float]]]:
+    """The rounds of both tools, the first to warm up."""
     runs: dict[str, list[Mapping[str, float]]] = known(a.file, settings).get("runs", {"lowbit": [], "guidellm": []})
     for r in range(len(runs["lowbit"]), a.rounds + 1):
-        found = {"lowbit": by_lowbit(a.url, a, 2 * r), "guidellm": by_guidellm(a.url, a, 2 * r + 1001)}
+        found = {"lowbit": by_lowbit(url, a, 2 * r), "guidellm": by_guidellm(url, a, 2 * r + 1001)}
         for tool, figures in found.items():
             print(r, tool, {k: round(v, 5) for k, v in figures.items()}, flush=True)
             runs[tool].append(figures)
         save(a.file, settings, {"runs": runs}, finished=False)
-    counted = {tool: rounds[1:] for tool, rounds in runs.items()}  # the first round warms up
+    return runs
+
+
+def main() -> None:
+    a = arguments()
+    settings = {k: getattr(a, k) for k in ("rounds", "requests", "concurrency", "prompt", "answer")}
+    settings["server"] = a.url or "agree_server.py"
+    if a.url:
+        runs = take_turns(a.url, a, settings)
+    else:
+        with served() as url:
+            cores = os.sched_getaffinity(0)
+            os.sched_setaffinity(0, cores - {min(cores)} or cores)  # the tools' own, GuideLLM's processes included
+            runs = take_turns(url, a, settings)
+    counted = {tool: rounds[1:] for tool, rounds in runs.items()}
     figures = {f: compare(counted["lowbit"], counted["guidellm"], f) for f in FIGURES}
     for name, c in figures.items():
         i = c["ratio"]

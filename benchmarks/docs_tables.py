@@ -64,9 +64,9 @@ def search(d: dict[str, Any]) -> str:
     for r in d["exhaustive"]:
         tpot = "" if r["tpot_s"] is None else f"{r['tpot_s'] * 1e3:.3f} ms"
         body.append((f"`{r['name']}`", tpot, r["verdict"], tried[r["name"]]["verdict"]))
-    seconds = d["seconds"]
+    seconds = d["processor_seconds"]
     said = (
-        f"\nThe search found `{d['found']}` in {seconds['search']:.0f} s; trying everything took "
+        f"\nThe search found `{d['found']}` in {seconds['search']:.0f} s of processor time; trying everything took "
         f"{seconds['exhaustive']:.0f} s ({d['share_of_time']:.0%}), and the fastest of all is `{d['fastest']}`"
         + ("" if d["tpot_of_found_over_fastest"] is None else f" ({d['tpot_of_found_over_fastest']:.3f} x its time)")
         + ". "

@@ -23,11 +23,14 @@ def row(model: str, prompt: int, output: int, batch: int, noise: float = 1.0, ov
     """A bench row of a machine that follows the roofline exactly: attention reads the cache, or multiplies with it."""
     read = WEIGHTS + batch * KV * (prompt + output / 2)
     pairs = batch * prompt**2 / 2
+    ttft = noise * (overhead + WEIGHTS / BANDWIDTH + batch * prompt * WEIGHTS / RATE + pairs * 1e-7)
+    tpot = noise * (overhead + read / BANDWIDTH + batch * WEIGHTS / RATE)
     return {
         "model": model,
         "scenario": {"prompt_length": prompt, "output_length": output, "batch_size": batch},
-        "ttft_s": {"median": noise * (overhead + WEIGHTS / BANDWIDTH + batch * prompt * WEIGHTS / RATE + pairs * 1e-7)},
-        "tpot_s": {"median": noise * (overhead + read / BANDWIDTH + batch * WEIGHTS / RATE)},
+        "ttft_s": {"median": ttft},
+        "tpot_s": {"median": tpot},
+        "runs": {"ttft_s": [ttft] * 4, "tpot_s": [tpot] * 4},
         "weight_bytes": WEIGHTS,
         "peak_memory_bytes": 1.5e9,
         "kv_bytes_per_context_token": KV,
@@ -56,6 +59,21 @@ def test_held_out_error_is_that_of_the_held_out_rows() -> None:
     assert error["tpot"] is not None
     assert 0.02 < error["tpot"] < 0.2
     assert all(v >= 0 for line in (fit(rows, [], KV).ttft, fit(rows, [], KV).tpot) for v in vars(line).values())
+
+
+def test_rounds_on_a_busy_machine_bend_no_prediction() -> None:
+    """From the middle of the fourth of seven rounds on everything takes three times as long, as if another job had
+    begun: half of the scenarios have a median of slow rounds. All predictions are then late by the same factor."""
+    rows = [row("m", *s) for s in GRID]
+    for n, r in enumerate(rows):
+        r["runs"] = {k: [v[0]] * 3 + [v[0] * (3 if n > 3 else 1)] + [v[0] * 3] * 3 for k, v in r["runs"].items()}
+    late = []
+    for shape in ((128, 32, 2), (384, 64, 1), (64, 48, 3)):
+        expected = row("m", *shape)
+        predicted = fit(rows, [], KV).predict(*shape)
+        late += [p / expected[k]["median"] for p, k in zip(predicted, ("ttft_s", "tpot_s"), strict=True)]
+    assert max(late) / min(late) == pytest.approx(1, abs=0.01)
+    assert 1 <= min(late) <= 3
 
 
 def test_costs_by_hand() -> None:

@@ -12,6 +12,9 @@ what can be counted,
 `per_pair` attention: reading the cache, or multiplying with it. The coefficients, none below 0, follow for each kind of
 time from non-negative least squares on relative errors. Scenarios that took no part in the fit say how far off it is:
 that error is shown wherever a prediction is.
+
+A machine that is busy for some rounds of a measurement would make some scenarios slow and leave others: the rounds run
+through all scenarios in turn, so what a round is slower than the others in all of them is divided out before.
 """
 
 from collections.abc import Sequence
@@ -61,8 +64,8 @@ def fit(results: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]], k
     shapes = [
         (r["scenario"]["prompt_length"], r["scenario"]["output_length"], r["scenario"]["batch_size"]) for r in results
     ]
-    ttft = _line([_first(p, b) for p, _, b in shapes], [r["ttft_s"]["median"] for r in results])
-    tpot = _line([_each(*shape) for shape in shapes], [r["tpot_s"]["median"] for r in results])
+    ttft = _line([_first(p, b) for p, _, b in shapes], steady(results, "ttft_s"))
+    tpot = _line([_each(*shape) for shape in shapes], steady(results, "tpot_s"))
     seen = {k: [min(v), max(v)] for k, v in zip(("prompt", "output", "batch"), zip(*shapes, strict=True), strict=True)}
     plain = Roofline(ttft, tpot, weight_bytes, kv_bytes_per_token, seen, {"ttft": None, "tpot": None})
     errors: dict[str, list[float]] = {"ttft": [], "tpot": []}
@@ -73,6 +76,14 @@ def fit(results: Sequence[dict[str, Any]], held_out: Sequence[dict[str, Any]], k
             errors[kind].append(abs(value / r[f"{kind}_s"]["median"] - 1))
     error = {k: float(np.median(v)) if v else None for k, v in errors.items()}
     return Roofline(ttft, tpot, weight_bytes, kv_bytes_per_token, seen, error)
+
+
+def steady(rows: Sequence[dict[str, Any]], kind: str) -> list[float]:
+    """The median of every row's runs, each divided by how slow its round was: the median over rows of how many times
+    its own row's median a run took. Rows are of one grid, so their runs are of the same rounds."""
+    runs = np.array([r["runs"][kind] for r in rows], dtype=float)
+    slow = np.median(runs / np.median(runs, 1, keepdims=True), 0)
+    return [float(v) for v in np.median(runs / slow, 1)]
 
 
 def _first(prompt: int, batch: int) -> tuple[float, float, float]:

@@ -42,16 +42,22 @@ void bf16_rows(const Weight& w, const Act& a, int row0, int pair, int b0, int b1
     }
 }
 
-// Depth is cut so that a slab of 32 rows (256 columns: 16 KiB) serves all activation rows from the first cache.
+// Depth is cut so that a slab of 32 rows (256 columns: 16 KiB) serves all activation rows from the first cache. What is
+// left of the activation rows goes in one pass, whatever its number: two or three sequences that decode together would
+// otherwise read all weights once each.
 void bf16_linear(const Weight& w, const Act& a, int m, int p0, int p1, float* out, size_t ldo, bool add, float* carry) {
-  const int step = m <= 12 ? w.blocks : 256 / kBlock;
+  using Rows = void (*)(const Weight&, const Act&, int, int, int, int, float*, size_t, bool, float*);
+  constexpr int kMost = 12;
+  static constexpr Rows rows[kMost] = {bf16_rows<1>, bf16_rows<2>, bf16_rows<3>, bf16_rows<4>,  bf16_rows<5>,  bf16_rows<6>,
+                                       bf16_rows<7>, bf16_rows<8>, bf16_rows<9>, bf16_rows<10>, bf16_rows<11>, bf16_rows<12>};
+  const int step = m <= kMost ? w.blocks : 256 / kBlock;
   for (int pair = p0 / 2; pair < (p1 + 1) / 2; ++pair)
     for (int b0 = 0; b0 < w.blocks; b0 += step) {
       const int b1 = b0 + step < w.blocks ? b0 + step : w.blocks;
-      int row = 0;
-      for (; row + 12 <= m; row += 12) bf16_rows<12>(w, a, row, pair, b0, b1, out, ldo, add, carry);
-      for (; row + 4 <= m; row += 4) bf16_rows<4>(w, a, row, pair, b0, b1, out, ldo, add, carry);
-      for (; row < m; ++row) bf16_rows<1>(w, a, row, pair, b0, b1, out, ldo, add, carry);
+      for (int row = 0, n; row < m; row += n) {
+        n = m - row < kMost ? m - row : kMost;
+        rows[n - 1](w, a, row, pair, b0, b1, out, ldo, add, carry);
+      }
     }
 }
 
