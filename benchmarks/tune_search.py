@@ -7,9 +7,9 @@ own measurements, so that both figures come from one series of turns.
 Each of the two is written when it is done, and is not done again. The search is timed in one piece; `--only search`
 stops after it. The exhaustive run, given a `--work` directory, goes on after an interruption with the candidates that
 it has made, and what its pieces took is added up; `--only making` ends before the speed of all is measured, which needs
-the machine to itself. Its share of time is by the clock; processor time of all processes stands beside it, because pieces
-may have met other work. On two cores the search takes a minute or two and the exhaustive run ten (without AVX-512, six and
-forty).
+the machine to itself. Its share of time is by the clock; processor time of all processes stands beside it, because
+pieces may have met other work. On two cores the search takes a minute or two and the exhaustive run ten (without
+AVX-512, six and forty).
 
     python benchmarks/tune_search.py [--model demo] [--text FILE] [--limit 0.01] [--work DIRECTORY] [--output FILE]
 """
