@@ -5,7 +5,8 @@ from typing import Any
 BOUNDS = {"same_token": 0.99, "mean_difference": 0.01}
 NAMES = {
     "transformers": "transformers with compressed-tensors", "gptqmodel": "GPTQModel", "llama.cpp": "llama.cpp",
-    "gguf": "gguf", "vllm": "vLLM", "onnx": "ONNX Runtime", "float64": "lowbit in float64",
+    "llmcompressor": "llm-compressor", "gguf": "gguf", "vllm": "vLLM", "onnx": "ONNX Runtime",
+    "float64": "lowbit in float64",
 }  # fmt: skip
 _HEAD = """# Agreement with other readers
 
