@@ -72,6 +72,7 @@ ALONE = "weights alone"  # neither side rounds activations
 BY_OTHERS = "by llama-quantize"
 CASES = (
     *(Case("transformers", s, "") for s in ("w4a16-g128", "w4a16-g32-asym", "w8a16-channel", "fp8-block", "nvfp4")),
+    Case("transformers", "fp8-block", "", ALONE),  # compressed-tensors dequantizes weights and forgets activations
     *(
         Case("gptqmodel", s, f)
         for s, f in (("w4a16-g128", "gptq"), ("w4a16-g32-asym", "gptq"), ("w4a16-g32-asym", "awq"))
@@ -87,8 +88,9 @@ CASES = (
         for s in ("W4A16", "W4A16_ASYM", "W8A16", "FP8_DYNAMIC", "W8A8", f"W8A8 {ALONE}")
     ),
     *(Case("gptqmodel", s, "made there") for s in ("gptq 4 bits", "gptq 8 bits")),
-    *(Case("onnx", s, "onnx") for s in ("w4a16-g32", "w8a16-channel", "w8a8", "w4a8")),
+    *(Case("onnx", s, "onnx") for s in ("w4a16-g32", "w4a16-g128", "w8a16-channel", "w8a8", "w4a8")),
     Case("float64", "w8a8", ""),
+    Case("gguf", "w4a16-g32", "gguf"),
     *(Case("gguf", "", "gguf", t) for t in ("q8_0", "q4_0", "q4_k_m", "q3_k_m", "q2_k", "q5_0")),
     Case("vllm", "", ""),
     *(Case("vllm", s, "") for s in ("w4a16-g128", "w8a8", "any4", "e8p2")),
@@ -215,7 +217,7 @@ def run(case: Case, args: argparse.Namespace, work: Path) -> dict[str, Any] | No
         source = make(before_f32(case), work)
     theirs, about = ask(path, tokens)
     reference = load(source, "float32")
-    if case.scheme.endswith(ALONE):
+    if case.label.endswith(ALONE) or case.scheme.endswith(ALONE):
         for module in reference.net.modules():
             module._forward_pre_hooks.clear()  # what rounds a linear's input
     own = reference.logits(tokens).log_softmax(-1)
