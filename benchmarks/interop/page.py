@@ -33,8 +33,8 @@ of activations, which has to be within the bound (vLLM's w8a8 excepted, which ha
   same file's weights, and every value is equal. "As f32": lowbit reads the quantized file, llama.cpp the F32 file that
   `llama-quantize --allow-requantize` makes of it. (The row of q8_0 is of a run in which lowbit read the F32 file, too.)
 * compressed-tensors 0.20, asked to dequantize, multiplies without rounding activations, and lowbit rounds them: the
-  row of fp8-block is what that costs. 0.19, inside llm-compressor, scales int8 activations by max|x| / 127.5, lowbit and vLLM's kernels by max|x| / 127 (W8A8). "Weights
-  alone": neither side rounds.
+  row of fp8-block is what that costs. 0.19, inside llm-compressor, scales int8 activations by max|x| / 127.5, lowbit
+  and vLLM's kernels by max|x| / 127 (W8A8). "Weights alone": neither side rounds.
 * ONNX's w8a8 and w4a8 have the weights of w8a16-channel and w4a16-g128. For w4a8 ONNX Runtime rounds activations per
   block and lowbit per token.
 

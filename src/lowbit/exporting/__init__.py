@@ -98,7 +98,7 @@ def _check_scheme(checkpoint: Checkpoint, format: str) -> None:
         if reason is not None:
             others = [f for f, supports in FORMATS.items() if supports(scheme) is None]
             instead = f"Formats that can: {', '.join(others)}" if others else "No export format can"
-            layout = _LAYOUTS.get((checkpoint.quantization or {}).get("quant_method"))
+            layout = _LAYOUTS.get(str((checkpoint.quantization or {}).get("quant_method")))
             itself = f"; the directory itself is in {layout}" if layout else ""
             raise InputError(f"{name} is {scheme}, which {format} cannot carry: {reason}. {instead}{itself}.")
 
