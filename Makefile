@@ -40,19 +40,33 @@ READERS ?= $(VENV)/readers
 LLAMA_CPP ?= $(shell command -v llama-server)
 VLLM ?=
 
-interop: install-dev $(READERS)/transformers/.ready $(READERS)/gptqmodel/.ready $(if $(VLLM),$(READERS)/vllm/.ready)
+interop: install-dev $(READERS)/transformers/.ready $(READERS)/gptqmodel/.ready $(READERS)/llmcompressor/.ready $(if $(VLLM),$(READERS)/vllm/.ready)
 	$(BIN)/python benchmarks/interop/run.py --readers $(READERS) $(if $(LLAMA_CPP),--llama-server $(LLAMA_CPP))
 	LLAMA_CPP=$(LLAMA_CPP) $(BIN)/python -m pytest -m interop_heavy
 
+# torch first, in the version that lowbit's own tests have: a later line must not choose another
 $(READERS)/transformers/.ready:
 	$(PYTHON) -m venv $(READERS)/transformers
-	$(READERS)/transformers/bin/python -m pip install --quiet 'transformers>=5' 'compressed-tensors>=0.20' accelerate torch
+	$(READERS)/transformers/bin/python -m pip install --quiet torch==2.13.0
+	$(READERS)/transformers/bin/python -m pip install --quiet torch==2.13.0 'transformers>=5' 'compressed-tensors>=0.20' accelerate
 	touch $@
 
+# GPTQModel asks for torch 2.14.1 and runs on 2.13, so its dependencies are named here (benchmarks/peers/README.md).
 $(READERS)/gptqmodel/.ready:
 	$(PYTHON) -m venv $(READERS)/gptqmodel
-	$(READERS)/gptqmodel/bin/python -m pip install --quiet torch setuptools wheel numpy
-	$(READERS)/gptqmodel/bin/python -m pip install --quiet --no-build-isolation 'gptqmodel==7.7.0'
+	$(READERS)/gptqmodel/bin/python -m pip install --quiet torch==2.13.0
+	$(READERS)/gptqmodel/bin/python -m pip install --quiet --no-deps gptqmodel==7.7.0
+	$(READERS)/gptqmodel/bin/python -m pip install --quiet torch==2.13.0 transformers==5.23.0 accelerate==1.15.0 \
+	    datasets==5.2.0 torchao==0.18.0 defuser==0.0.28 tokenicer==0.0.14 device-smi==0.5.7 logbar==0.4.15 pypcre==0.6.4 \
+	    threadpoolctl==3.8.0 protobuf==7.36.2 pillow==13.0.0 pyarrow==26.0.1 ninja==1.13.2 maturin==1.16.0 numpy==2.4.6 \
+	    requests==2.34.2
+	touch $@
+
+$(READERS)/llmcompressor/.ready:
+	$(PYTHON) -m venv $(READERS)/llmcompressor
+	$(READERS)/llmcompressor/bin/python -m pip install --quiet torch==2.13.0
+	$(READERS)/llmcompressor/bin/python -m pip install --quiet torch==2.13.0 llmcompressor==0.14.0.1 \
+	    compressed-tensors==0.19.0 transformers==5.17.0 datasets==5.2.0
 	touch $@
 
 $(READERS)/vllm/.ready:

@@ -5,10 +5,12 @@
 For each type: `lowbit export` writes a file; `llama-imatrix` (once) and `llama-quantize --tensor-type-file` write one
 with exactly its types; `llama-perplexity --kl-divergence`, context 512, compares both with the 16-bit original. So both
 files come from 128 x 512 tokens of one text, have the same types, differ in size only by the importance matrix's
-entries in the metadata, and are judged by llama.cpp itself. Only accuracy is recorded; no time is.
+entries in the metadata, and are judged by llama.cpp itself. Only accuracy is recorded; no time is. An interrupted run
+goes on with the types that are left.
 """
 
 import argparse
+import hashlib
 import json
 import re
 import subprocess
@@ -16,6 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+
+from partial import known, save
 
 HERE = Path(__file__).resolve().parent
 # llama-quantize's name where it differs from ours in capitals only
@@ -69,6 +73,10 @@ def main() -> None:
     parser.add_argument("--types", default="q4_0,q4_k_m,q3_k_m,q2_k")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "gguf.json")
     args = parser.parse_args()
+    version = run(args.llama / "llama-perplexity", "--version").split("version: ")[-1].splitlines()[0]
+    texts = {t: hashlib.sha256(getattr(args, t).read_bytes()).hexdigest() for t in ("calibration", "text")}
+    settings = {"model": args.model, "context": CONTEXT, "windows": WINDOWS, "llama.cpp": version, "sha256": texts}
+    results = known(args.out, settings).get("results", [])
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
         original, base, matrix = work / "f16.gguf", work / "base.kld", work / "imatrix.gguf"
@@ -77,8 +85,8 @@ def main() -> None:
             "--kl-divergence-base", base)  # fmt: skip
         run(args.llama / "llama-imatrix", "-m", original, "-f", args.calibration, "-o", matrix, "-c", CONTEXT,
             "--chunks", WINDOWS, "-t", 1)  # fmt: skip
-        results = []
-        for kind in args.types.split(","):
+        kinds = [k for k in args.types.split(",") if k not in {row["type"] for row in results}]
+        for left, kind in zip(range(len(kinds) - 1, -1, -1), kinds, strict=True):
             ours, theirs, types = work / "ours.gguf", work / "theirs.gguf", work / "types.txt"
             document = export(args.model, ours, kind, args.calibration)
             matrices = [t for t in document["tensors"] if t["type"] != "f32"]
@@ -90,7 +98,7 @@ def main() -> None:
                 row[tool] = {"bytes": file.stat().st_size} | divergence(args.llama, file, base)
             results.append(row)
             print(json.dumps(row))
-            args.out.write_text(json.dumps({"context": CONTEXT, "results": results}, indent=2) + "\n")
+            save(args.out, settings, {"results": results}, finished=not left)
 
 
 if __name__ == "__main__":

@@ -5,13 +5,15 @@ from typing import Any
 BOUNDS = {"same_token": 0.99, "mean_difference": 0.01}
 NAMES = {
     "transformers": "transformers with compressed-tensors", "gptqmodel": "GPTQModel", "llama.cpp": "llama.cpp",
-    "gguf": "gguf", "vllm": "vLLM", "onnx": "ONNX Runtime", "float64": "lowbit in float64",
+    "llmcompressor": "llm-compressor", "gguf": "gguf", "vllm": "vLLM", "onnx": "ONNX Runtime",
+    "float64": "lowbit in float64",
 }  # fmt: skip
 _HEAD = """# Agreement with other readers
 
-What lowbit wrote from the demo model, loaded by other projects. Teacher-forced on the same tokens: the share of
-positions with the same most likely token (at least 99 %), and the mean difference of log-probabilities (at most 0.01),
-against lowbit's own float32 computation of the same file. For the gguf package, the largest difference of any value.
+What lowbit wrote from the demo model, loaded by other projects, and what they made of it, loaded by lowbit ("made
+there", "by llama-quantize"). Teacher-forced on the same tokens: the share of positions with the same most likely token
+(at least 99 %), and the mean difference of log-probabilities (at most 0.01), against lowbit's own float32 computation
+of the same file. For the gguf package, the largest difference of any value.
 
 This page is written by `make interop` from [the run's numbers](../benchmarks/results/interop.json); a test keeps the
 two in step. The Makefile has the set-up of every reader.
@@ -23,10 +25,18 @@ prefers its own token to the reader's where the two differ (the median): those p
 
 **Where the last column says no, activations are rounded** (the cache's row: below), and the bound cannot be met by two
 correct programs: a float's last bit decides between two codes, and the difference grows from layer to layer until it is
-as large as rounding's own noise. Two rows show it. llama.cpp multiplies quantized weights with activations rounded to 8
-bits a block: on the *same weights* written out in F32 (`llama-quantize --allow-requantize`, "q8_0 as f32") it agrees
-with lowbit at every position. And lowbit differs from itself, computed in float64, on w8a8 by as much as ONNX Runtime
-and vLLM differ from lowbit. For w4a8 ONNX Runtime rounds activations per block and lowbit per token.
+as large as rounding's own noise. lowbit differs from itself, computed in float64, on w8a8 by as much as ONNX Runtime
+and vLLM differ from lowbit. So such a row does not stand alone: beside it is one with the same weights and no rounding
+of activations, which has to be within the bound (vLLM's w8a8 excepted, which has the same file as ONNX Runtime's).
+
+* llama.cpp rounds activations to 8 bits a block wherever it multiplies quantized weights. The gguf package reads the
+  same file's weights, and every value is equal. "As f32": lowbit reads the quantized file, llama.cpp the F32 file that
+  `llama-quantize --allow-requantize` makes of it. (The row of q8_0 is of a run in which lowbit read the F32 file, too.)
+* compressed-tensors 0.20, asked to dequantize, multiplies without rounding activations, and lowbit rounds them: the
+  row of fp8-block is what that costs. 0.19, inside llm-compressor, scales int8 activations by max|x| / 127.5, lowbit
+  and vLLM's kernels by max|x| / 127 (W8A8). "Weights alone": neither side rounds.
+* ONNX's w8a8 and w4a8 have the weights of w8a16-channel and w4a16-g128. For w4a8 ONNX Runtime rounds activations per
+  block and lowbit per token.
 
 **The fp8 key-value cache** (`--scheme none --kv fp8`) is read: vLLM's CPU build takes `kv_cache_scheme`, stores bytes
 and holds exactly the scales of the file (twice the scales change nothing, scales of 1 do). But that build *cuts* to FP8

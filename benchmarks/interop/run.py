@@ -65,17 +65,32 @@ class Case:
         return self.scheme + (f" kv {self.kv}" if self.kv else "")
 
 
-AS_F32 = "q8_0 as f32"  # the weights of the Q8_0 file, which llama.cpp multiplies without rounding activations
+# Ends the type of a GGUF file: llama.cpp runs its weights as llama-quantize writes them out, without rounding
+# activations; lowbit reads the file itself.
+AS_F32 = "as f32"
+ALONE = "weights alone"  # neither side rounds activations
+BY_OTHERS = "by llama-quantize"
 CASES = (
     *(Case("transformers", s, "") for s in ("w4a16-g128", "w4a16-g32-asym", "w8a16-channel", "fp8-block", "nvfp4")),
+    Case("transformers", "fp8-block", "", ALONE),  # compressed-tensors dequantizes weights and forgets activations
     *(
         Case("gptqmodel", s, f)
         for s, f in (("w4a16-g128", "gptq"), ("w4a16-g32-asym", "gptq"), ("w4a16-g32-asym", "awq"))
     ),
-    *(Case("llama.cpp", "", "gguf", t) for t in ("f32", "q8_0", AS_F32, "q4_0")),
-    Case("llama.cpp", "w4a16-g32", "gguf"),
-    *(Case("onnx", s, "onnx") for s in ("w4a16-g32", "w8a16-channel", "w8a8", "w4a8")),
+    *(Case("llama.cpp", "", "gguf", t) for t in ("f32", "q8_0", f"q8_0 {AS_F32}", "q4_0", f"q4_0 {AS_F32}")),
+    *(Case("llama.cpp", "w4a16-g32", "gguf", t) for t in (None, AS_F32)),
+    *(
+        Case("llama.cpp", "", "gguf", f"{t} {BY_OTHERS} {AS_F32}")
+        for t in ("q8_0", "q4_0", "q5_0", "q4_k_m", "q3_k_m", "q2_k")
+    ),
+    *(
+        Case("llmcompressor", s, "made there")
+        for s in ("W4A16", "W4A16_ASYM", "W8A16", "FP8_DYNAMIC", "W8A8", f"W8A8 {ALONE}")
+    ),
+    *(Case("gptqmodel", s, "made there") for s in ("gptq 4 bits", "gptq 8 bits")),
+    *(Case("onnx", s, "onnx") for s in ("w4a16-g32", "w4a16-g128", "w8a16-channel", "w8a8", "w4a8")),
     Case("float64", "w8a8", ""),
+    Case("gguf", "w4a16-g32", "gguf"),
     *(Case("gguf", "", "gguf", t) for t in ("q8_0", "q4_0", "q4_k_m", "q3_k_m", "q2_k", "q5_0")),
     Case("vllm", "", ""),
     *(Case("vllm", s, "") for s in ("w4a16-g128", "w8a8", "any4", "e8p2")),
@@ -97,15 +112,25 @@ def make(case: Case, work: Path) -> Path:
         return directory
     suffix = ".gguf" if case.format == "gguf" else ""
     target = work / f"{case.label.replace(' ', '-')}{suffix}"
-    if not target.exists() and case.type == AS_F32:
-        small = make(replace(case, type="q8_0"), work)
-        subprocess.run(["llama-quantize", "--allow-requantize", small, target, "F32"], check=True, capture_output=True)
+    if not target.exists() and case.type and case.type.endswith(AS_F32):
+        llama_quantize("--allow-requantize", make(before_f32(case), work), target, "F32")
+    elif not target.exists() and case.type and case.type.endswith(BY_OTHERS):
+        llama_quantize(make(replace(case, type="f32"), work), target, case.type.split()[0].upper())
     elif not target.exists():
         words = {"type": case.type} if case.type else {}
         if case.type not in (None, "f32"):
             words |= {"method": "search", "samples": 4, "seq_len": 128}
         lowbit.export(directory, target, case.format, **words)
     return target
+
+
+def before_f32(case: Case) -> Case:
+    """The file whose weights were written out in F32."""
+    return replace(case, type=(case.type or "").removesuffix(AS_F32).strip() or None)
+
+
+def llama_quantize(*words: str | Path) -> None:
+    subprocess.run(["llama-quantize", *words], check=True, capture_output=True)
 
 
 def windows(count: int) -> torch.Tensor:
@@ -129,13 +154,14 @@ def agreement(own: torch.Tensor, theirs: torch.Tensor) -> dict[str, float]:
     return found
 
 
-def in_its_environment(python: Path, script: str, work: Path, path: Path, tokens: torch.Tensor) -> Any:
-    """Run a reader's script: (log-probabilities, what it says about itself)."""
+def in_its_environment(python: Path, script: str, work: Path, *words: Any) -> Any:
+    """Run a reader's script on `words`, a directory and tokens: (log-probabilities, what it says about itself)."""
+    *first, tokens = words
     given, found = work / "tokens.npy", work / "found.npz"
     np.save(given, tokens.numpy())
-    done = subprocess.run([python, HERE / script, path, given, found], capture_output=True, text=True, check=False)
+    done = subprocess.run([python, HERE / script, *first, given, found], capture_output=True, text=True, check=False)
     if done.returncode:
-        raise RuntimeError(f"{script} {path.name}: {done.stderr[-1500:]}")
+        raise RuntimeError(f"{script} {Path(first[-1]).name}: {done.stderr[-1500:]}")
     return torch.from_numpy(np.load(found)["logprobs"]), json.loads(done.stdout.splitlines()[-1])
 
 
@@ -178,10 +204,23 @@ def run(case: Case, args: argparse.Namespace, work: Path) -> dict[str, Any] | No
     ask = reader_of(case.reader, args, work)
     if ask is None:
         return None
-    path, tokens = make(case, work), windows(args.windows)
-    source = make(replace(case, format=""), work) if case.format == "onnx" else path
-    own = load(source, "float32").logits(tokens).log_softmax(-1)
+    tokens = windows(args.windows)
+    if case.format == "made there":  # the other project quantizes; its directory is where lowbit reads
+        path = source = work / case.label.replace(" ", "-")
+        ask = partial(in_its_environment, args.readers / case.reader / "bin" / "python",
+                      f"make_{case.reader}.py", work, DEMO / "model", case.scheme)  # fmt: skip
+    else:
+        path = source = make(case, work)
+    if case.format == "onnx":
+        source = make(replace(case, format=""), work)
+    elif case.type and case.type.endswith(AS_F32):
+        source = make(before_f32(case), work)
     theirs, about = ask(path, tokens)
+    reference = load(source, "float32")
+    if case.label.endswith(ALONE) or case.scheme.endswith(ALONE):
+        for module in reference.net.modules():
+            module._forward_pre_hooks.clear()  # what rounds a linear's input
+    own = reference.logits(tokens).log_softmax(-1)
     return row | agreement(own, theirs) | {"positions": tokens.numel()} | about
 
 

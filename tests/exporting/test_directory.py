@@ -162,7 +162,8 @@ def test_packing_words_of_awq_is_undone() -> None:
 def test_what_cannot_be_carried_is_refused_before_work(tiny: Path, tmp_path: Path) -> None:
     refused = [("w8a16-g32", "awq", "Formats that can: gguf, gptq"), ("fp8", "gptq", "Formats that can: modelopt"),
                ("w4a16-g32", "modelopt", "Formats that can: gguf, gptq, awq"),
-               ("w8a8", "gptq", "Formats that can: onnx"), ("nf4", "gptq", "No export format can"),
+               ("w8a8", "gptq", "Formats that can: onnx; the directory itself is in compressed-tensors"),
+               ("nf4", "gptq", "No export format can; the directory itself is in lowbit's own layout"),
                ("w5a16-g32", "gptq", "Formats that can: gguf")]  # fmt: skip
     for n, (scheme, format, words) in enumerate(refused):
         with pytest.raises(InputError, match=words):

@@ -34,6 +34,11 @@ FORMATS: dict[str, Callable[[Scheme], str | None]] = {
     "onnx": onnx_format.supports,
     "litert": litert.supports,
 }
+# what a refusal says of the directory as it is, by its quant_method
+_LAYOUTS = {
+    "compressed-tensors": "compressed-tensors, which vLLM and transformers load",
+    "lowbit": "lowbit's own layout, which transformers and vLLM load where lowbit is installed beside them",
+}
 FULL_PRECISION = ("gguf", "onnx", "litert")  # formats that a model is also quantized to here
 
 
@@ -93,10 +98,9 @@ def _check_scheme(checkpoint: Checkpoint, format: str) -> None:
         if reason is not None:
             others = [f for f, supports in FORMATS.items() if supports(scheme) is None]
             instead = f"Formats that can: {', '.join(others)}" if others else "No export format can"
-            raise InputError(
-                f"{name} is {scheme}, which {format} cannot carry: {reason}. {instead}; the directory itself is in "
-                f"compressed-tensors, which vLLM and transformers load."
-            )
+            layout = _LAYOUTS.get(str((checkpoint.quantization or {}).get("quant_method")))
+            itself = f"; the directory itself is in {layout}" if layout else ""
+            raise InputError(f"{name} is {scheme}, which {format} cannot carry: {reason}. {instead}{itself}.")
 
 
 def _check_words(request: Request, format: str) -> None:
