@@ -38,6 +38,7 @@ def test_readers_agree() -> None:
     assert not apart
     for rounded, weights in WEIGHTS_ALONE.items():
         assert rounded not in rows or (weights in rows and within(rows[weights])), f"nothing shows {rounded}'s weights"
+    assert rows["llama.cpp", "gguf q8_0 as f32"]["same_token"] >= 0.995
     for key in (("onnx", "w8a8 onnx"), ("vllm", "w8a8")):
         assert rows[key]["mean_difference"] <= 1.5 * rows[YARDSTICK]["mean_difference"]
     for key in (ROUNDED - ONE_SIDED) & rows.keys():
