@@ -1,5 +1,6 @@
 """Worker processes: the same bytes whatever their number, and clear ends."""
 
+import faulthandler
 import importlib
 import os
 import signal
@@ -66,11 +67,16 @@ def test_a_pieces_error_is_raised_as_it_is(workers: int) -> None:
     assert not psutil.Process().children()
 
 
+def crash() -> None:
+    faulthandler.disable()  # pytest's, which would print all that it knows
+    os.kill(os.getpid(), signal.SIGSEGV)
+
+
 @pytest.mark.parametrize(
     ("end", "says"),
     [
         (lambda: os.kill(os.getpid(), signal.SIGKILL), "worker process 2 of 2 was killed by SIGKILL, most likely for"),
-        (lambda: os.kill(os.getpid(), signal.SIGSEGV), "worker process 2 of 2 was killed by SIGSEGV"),
+        (crash, "worker process 2 of 2 was killed by SIGSEGV"),
         (lambda: os._exit(0), "worker process 2 of 2 ended with status 0"),
     ],
     ids=["killed", "crashed", "left"],
@@ -180,15 +186,21 @@ def test_an_interrupt_while_workers_start_is_not_lost(monkeypatch: pytest.Monkey
     assert all(child.status == -signal.SIGKILL for child in started)
 
 
-def children_of(pid: int, count: int) -> list[psutil.Process]:
-    """Its child processes, once there are `count` of them."""
+def inside(directory: Path) -> None:
+    """Say that this process has come here, and stay."""
+    (directory / f"inside-{os.getpid()}").touch()
+    time.sleep(600)
+
+
+def those_inside(directory: Path, count: int) -> list[psutil.Process]:
+    """The processes that are `inside`, once there are `count` of them."""
     end = time.monotonic() + 300
     while time.monotonic() < end:
-        found = psutil.Process(pid).children()
+        found = list(directory.glob("inside-*"))
         if len(found) >= count:
-            return found
+            return [psutil.Process(int(path.name.split("-")[1])) for path in found]
         time.sleep(0.05)
-    raise AssertionError("no workers were started")
+    raise AssertionError("no workers came to the refinement")
 
 
 @pytest.mark.parametrize(("sent", "status"), [(signal.SIGINT, 130), (signal.SIGKILL, 1)], ids=["ctrl-c", "kill worker"])
@@ -196,10 +208,10 @@ def test_the_command_ends_with_its_workers(
     tiny: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals, status: int
 ) -> None:
     monkeypatch.setattr(tensor, "ROWS", 16)
-    in_a_worker(monkeypatch, 1, lambda: time.sleep(600))
+    in_a_worker(monkeypatch, 1, lambda: inside(tmp_path))
     words = ["quantize", str(tiny), "-o", str(tmp_path / "out"), "--scheme", "w4a16-g32", "--samples", "16"]
     pid = command([*words, "--seq-len", "32", "--calibration", str(text_file), "--workers", "2", "--quiet"])
-    workers = children_of(pid, 2)
+    workers = those_inside(tmp_path, 2)
     if sent == signal.SIGINT:
         os.killpg(pid, sent)  # as a terminal does: to all of them
     else:

@@ -105,8 +105,11 @@ def test_rotated_models_keep_their_few_bits(quantized: Callable[..., Path], sche
     rotated = len(engine.checkpoint.quantization["rotated"])  # all but where plain rounding was no worse
     assert rotated >= 8
     assert engine.kernels["native e8p2" if scheme == "e8p2" else "native rotated int2"] >= rotated
-    exact, dense = lowbit.load(path, "float32").logits(PROMPT), lowbit.load(path, "bfloat16")
+    dense = lowbit.load(path, "float32")
+    exact = dense.logits(PROMPT)
     assert float((engine.logits(PROMPT) - exact).norm() / exact.norm()) < 0.05
+    if "bfloat16" in engine.runtime:  # what is not quantized is in float32 where the CPU has no bfloat16
+        dense = lowbit.load(path, "bfloat16")
     assert engine.weight_bytes < dense.weight_bytes
 
 
