@@ -26,6 +26,8 @@ from typing import Any
 
 import psutil
 
+from lowbit.workers import default_workers
+
 HERE = Path(__file__).resolve().parent
 DEMO = HERE.parent / "src/lowbit/demo"
 WINDOW = 512
@@ -138,7 +140,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--workers", type=int, default=1, help="lowbit's")
+    parser.add_argument("--workers", type=int, default=default_workers(), help="lowbit's, as many as by default")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="lowbit's, such as sweeps=0")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "large.json")
     args = parser.parse_args()
@@ -157,13 +159,18 @@ def main() -> None:
         "window": WINDOW,
         "runs": rows,
     }
+
+    def keep(row: dict[str, Any]) -> None:
+        """A run takes up to an hour: what is measured is on disk before the next one begins."""
+        rows.append(row)
+        args.output.write_text(json.dumps(document, indent=2) + "\n")
+        print(json.dumps(row), flush=True)
+
     for _ in range(args.rounds):
         with tempfile.TemporaryDirectory(dir=args.model.parent) as folder:
-            rows.append(run_lowbit(args.model, Path(folder) / "lowbit", args.samples, args.workers, args.set))
-            print(json.dumps(rows[-1]), flush=True)
+            keep(run_lowbit(args.model, Path(folder) / "lowbit", args.samples, args.workers, args.set))
             if args.llmcompressor:
-                rows.append(run_llmcompressor(args.llmcompressor, args.model, Path(folder) / "peer", args.samples))
-                print(json.dumps(rows[-1]), flush=True)
+                keep(run_llmcompressor(args.llmcompressor, args.model, Path(folder) / "peer", args.samples))
     if args.llmcompressor:
         document["lowbit_over_llmcompressor"] = {
             key: best(rows, "lowbit", key) / best(rows, "llmcompressor", key)
