@@ -12,12 +12,14 @@ import pytest
 import torch
 
 import lowbit
-from lowbit import pipeline
+from lowbit import parking, pipeline
 from lowbit.errors import InputError
 from lowbit.memory import Memory, choose_frugal
+from lowbit.model import recompute
 from lowbit.model.checkpoint import open_checkpoint
 from lowbit.model.lockstep import Walk
-from lowbit.model.walk import capture_entries, find_blocks, input_groups
+from lowbit.model.walk import capture_entries, find_blocks, input_groups, linears
+from lowbit.parking import parking_in
 
 WORDS = {"scheme": "w4a16-g32", "samples": 24, "seq_len": 64}
 
@@ -95,30 +97,67 @@ def test_a_limit_decides(tiny: Path, text_file: Path, tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def counting(counts: list[int]) -> Any:
+    """A hook that notes how many windows a linear computes at each call."""
+    return lambda _module, args, _output: counts.append(len(args[0]))
+
+
 @torch.no_grad()
-def test_recomputing_gives_what_lockstep_gives(tiny: Path, tmp_path: Path) -> None:
-    """Inputs of every group and outputs, with weights replaced on the way, bit for bit, on two threads."""
+def test_recomputing_gives_what_lockstep_gives(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Inputs of every group and outputs, with weights replaced on the way, bit for bit, on two threads; and with a disk
+    no linear computes a batch twice."""
     from transformers import AutoModelForCausalLM
 
-    results = []
-    for recompute in (False, True):
+    monkeypatch.setattr(recompute, "_WORTH_KEEPING", 1)
+    results, computed = [], []
+    for again, folder in ((False, None), (True, None), (True, tmp_path / "parked")):
         model = AutoModelForCausalLM.from_pretrained(tiny).eval()
         blocks = find_blocks(model)
         batches = list(torch.randint(0, 4096, (5, 2, 12), generator=torch.Generator().manual_seed(1)))
-        entries = capture_entries(model, blocks, batches, tmp_path / "activations" if recompute else None)
+        entries = capture_entries(model, blocks, batches, tmp_path / "activations" if again else None)
         block = model.get_submodule(blocks.names[0])
         groups = input_groups(block, entries[0], 0)
-        walk = Walk(block, 0, entries, groups, {}, threads=2, recompute=recompute)
-        seen = []
-        for k, group in enumerate(groups):
-            seen += [x.clone() for share in walk.collect(k, lambda i: [x for _, x in i]) for x in share]
-            for name in group.names:
-                block.get_submodule(name).weight.data *= 0.5
-        seen += walk.finish()
-        assert not any(m._forward_pre_hooks for m in block.modules())
+        with parking_in(folder):
+            walk = Walk(block, 0, entries, groups, {}, threads=2, recompute=again)
+            tokens: list[int] = []
+            counts = [m.register_forward_hook(counting(tokens)) for m in linears(block).values()]
+            seen = []
+            for k, group in enumerate(groups):
+                seen += [x.clone() for share in walk.collect(k, lambda i: [x for _, x in i]) for x in share]
+                for name in group.names:
+                    block.get_submodule(name).weight.data *= 0.5
+            seen += walk.finish()
+        for count in counts:
+            count.remove()
+        assert not any(m._forward_pre_hooks or m._forward_hooks for m in block.modules())
         results.append(seen)
-    assert len(results[0]) == len(results[1]) == 5 * 5
-    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+        computed.append(sum(tokens))
+    assert len(results[0]) == 5 * 5
+    for others in results[1:]:
+        assert len(others) == len(results[0])
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+    assert computed == [7 * 5 * 2, (3 + 4 + 6 + 7) * 5 * 2, 7 * 5 * 2]  # linears, batches, windows a batch
+    assert not list((tmp_path / "parked").iterdir())
+
+
+@torch.no_grad()
+def test_a_full_disk_only_means_computing_again(
+    tiny: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = WORDS | {"calibration": str(text_file)}
+    lowbit.quantize(tiny, tmp_path / "free", **words)
+    monkeypatch.setattr(pipeline, "choose_frugal", lambda *_: True)
+    monkeypatch.setattr(recompute, "_WORTH_KEEPING", 1)
+    refused = []
+
+    def full(_file: Any, values: torch.Tensor) -> None:
+        refused.append(values.shape)
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(parking, "_write", full)
+    lowbit.quantize(tiny, tmp_path / "full", **words)
+    assert refused
+    assert shards(tmp_path / "full") == shards(tmp_path / "free")
 
 
 @pytest.mark.parametrize(("hidden", "method"), [(128, "rtn"), (256, "gptq"), (512, "gptq")])

@@ -1,5 +1,6 @@
 """Wide inputs: one Hessian for all threads, on disk while its factor is used, and rows in place of the held-out one."""
 
+import contextlib
 import os
 import random
 import time
@@ -45,6 +46,35 @@ def hessian_of(x: torch.Tensor) -> torch.Tensor:
 
 
 # --- a matrix that waits on disk
+
+
+def test_what_is_set_aside_takes_no_memory_and_comes_back(tmp_path: Path) -> None:
+    """Even past an error; a part of a larger tensor stays where it is."""
+    whole, part = torch.randn(30, 50), torch.randn(30, 50)[:10]
+    originals = [whole.clone(), part.clone()]
+    with parking_in(tmp_path), contextlib.suppress(ZeroDivisionError), parking.aside([whole, part]):
+        assert whole.untyped_storage().nbytes() == 0
+        assert torch.equal(part, originals[1])
+        raise ZeroDivisionError
+    assert torch.equal(whole, originals[0])
+    assert torch.equal(part, originals[1])
+    with parking.aside([whole]):
+        assert torch.equal(whole, originals[0])
+
+
+def test_a_full_disk_leaves_everything_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tensors = [torch.randn(10), torch.randn(20)]
+    write = parking._write
+
+    def full(file: Any, values: torch.Tensor) -> None:
+        if len(values) == 20:
+            raise OSError(28, "No space left on device")
+        write(file, values)
+
+    monkeypatch.setattr(parking, "_write", full)
+    with parking_in(tmp_path), parking.aside(tensors):
+        assert [len(t) for t in tensors] == [10, 20]
+        assert all(t.untyped_storage().nbytes() for t in tensors)
 
 
 @pytest.mark.usefixtures("wide")

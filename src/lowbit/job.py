@@ -38,6 +38,7 @@ from lowbit.model.lockstep import Walk
 from lowbit.model.original import Correction, Original
 from lowbit.model.outside import Outside
 from lowbit.model.walk import Blocks, Entry, capture_entries, input_groups, linears
+from lowbit.parking import WIDE, aside
 from lowbit.preflight import Plan
 from lowbit.recipe import Recipe
 from lowbit.repair import repair
@@ -209,7 +210,8 @@ class Job:
         units = {n: Units(self.equalized.columns.get(n), self.equalized.rows.get(n)) for n in weights}
         dtype = self.source.checkpoint.dtype
         by_local = {}
-        with disk_errors(self.work.path):  # wide Hessians may wait there
+        wide = statistics is not None and statistics.train.width >= WIDE
+        with disk_errors(self.work.path), aside(p.data for p in block.parameters() if wide):
             results = round_linears(weights, scheme, statistics, self.recipe, dtype, goals, units)
             for n in same:
                 full = f"{name}.{n}"

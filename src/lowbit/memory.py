@@ -8,8 +8,9 @@ The process never holds the model. At any time it holds one of
     proving     one block or the head in float32, at the beginning and at the end
 
 and the peak is the largest, above what the process had before. Where that is more than there is, or activations are
-much of it, hidden states go to a mapped file, each batch is computed anew for every input group (`Recompute`), and
-wide Hessians wait on disk while their factor is used (`Parked`): a little slower, with the same result.
+much of it, hidden states go to a mapped file, each batch goes through the block anew for every input group
+(`Recompute`), and while a wide input's linears are rounded, the block's weights wait on disk, and the Hessian as long
+as only its factor is needed (parking.py): a little slower, with the same result.
 """
 
 import ctypes
@@ -51,7 +52,7 @@ class Memory:
     proof: int
     activations: int
     spilled: int = 0
-    parked: int = 0  # what `block` has in wide matrices that can wait on disk
+    parked: int = 0  # what `block` has that can wait on disk while a wide input's linears are rounded
     spills: bool = False  # whether the block is short enough to be computed anew for each group
 
     @property
@@ -96,7 +97,9 @@ def estimate_memory(
     passing = threads * batch * 4 * inner * size if calibrates else 0
     groups = [_Group(rows, width, stored.itemsize, size, calibrates, batch) for rows, width in inputs_of(block)]
     working = max(max(g.collecting(threads, passing), g.rounding(workers)) for g in groups)
-    parked = working - max(max(g.collecting(threads, passing), g.rounding(workers) - g.factor) for g in groups)
+    away = [g.factor + largest * size if g.wide else 0 for g in groups]
+    least = max(max(g.collecting(threads, passing), g.rounding(workers) - a) for g, a in zip(groups, away, strict=True))
+    parked = working - least
     one = max(m.weight.numel() for m in modules.values())
     proving = one * _PROOF  # one linear read back from its file, beside the block's codes
     composition = parse_method(recipe.method)

@@ -1,8 +1,9 @@
-"""Large matrices wait on disk while another one is at work.
+"""What waits on disk while something else is at work.
 
 The Hessian H of a wide input and the factor U made of it are of one size (256 MiB each for 8192 inputs), and a method
 needs first U, then H. `Parked` writes H to a file, gives its memory back, hands out its rows in any order to make U
-from, and reads it back into the same tensor. Plain reads and writes: what is mapped counts as the process's memory.
+from, and reads it back into the same tensor. What is set `aside` is not looked at for a while. A `Shelf` keeps values
+that would take longer to compute again than to read. Plain reads and writes: what is mapped counts as memory.
 
 The folder is the process's setting, as the number of workers is; without one, and below WIDE columns, nothing moves.
 The values are the same either way.
@@ -11,8 +12,9 @@ The values are the same either way.
 import contextlib
 import ctypes
 import os
+import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -32,6 +34,85 @@ def parking_in(folder: Path | None) -> Iterator[None]:
         yield
     finally:
         _setting["folder"] = before
+
+
+@contextlib.contextmanager
+def aside(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Tensors that nobody looks at within are in a file of the folder meanwhile. Without one, or with a full disk, they
+    stay in memory. Raises OSError if they cannot be read again."""
+    folder, memory, places = _setting["folder"], [t for t in tensors if _whole(t)], list[int]()
+    with contextlib.ExitStack() as stack:
+        if folder is not None:
+            with contextlib.suppress(OSError):
+                folder.mkdir(parents=True, exist_ok=True)
+                file = stack.enter_context(tempfile.TemporaryFile(dir=folder, buffering=0))
+                for tensor in memory:
+                    start = file.tell()
+                    _write(file, tensor)
+                    places.append(start)
+        gone = memory if folder is not None and len(places) == len(memory) else []
+        for tensor in gone:
+            tensor.untyped_storage().resize_(0)
+        try:
+            yield
+        finally:
+            for tensor, start in zip(gone, places, strict=False):
+                tensor.untyped_storage().resize_(tensor.nbytes)
+                _read(file, tensor, start)
+
+
+def _whole(tensor: Tensor) -> bool:
+    """Whether a tensor is all that there is in its memory, in order."""
+    return tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes > 0
+
+
+class Shelf:
+    """Tensors in a file of the folder, for one thread. It takes up to `share` of what is free on that disk at the
+    beginning, and nothing without a folder or when the disk fills: whoever puts a value here can make it again."""
+
+    def __init__(self, share: float) -> None:
+        self._places: dict[Hashable, tuple[int, torch.Size, torch.dtype]] = {}
+        self._file: IO[bytes] | None = None
+        self._share, self._used = share, 0
+        self._room: int | None = None  # not known before the first value comes
+
+    def __contains__(self, key: Hashable) -> bool:
+        return key in self._places
+
+    def put(self, key: Hashable, values: Tensor) -> None:
+        """Keep a copy, if there is room."""
+        if self._room is None:
+            self._open()
+        if self._file is None or self._used + values.nbytes > (self._room or 0):
+            return
+        try:
+            self._file.seek(self._used)
+            _write(self._file, values.contiguous())
+        except OSError:
+            self._room = 0
+            return
+        self._places[key] = (self._used, values.shape, values.dtype)
+        self._used += values.nbytes
+
+    def _open(self) -> None:
+        folder, self._room = _setting["folder"], 0
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._room = int(self._share * shutil.disk_usage(folder).free)
+            self._file = tempfile.TemporaryFile(dir=folder, buffering=0)  # noqa: SIM115  gone when this process is
+
+    def get(self, key: Hashable) -> Tensor:
+        assert self._file is not None
+        start, shape, dtype = self._places[key]
+        values = torch.empty(shape, dtype=dtype)
+        _read(self._file, values, start)
+        return values
+
+    def close(self) -> None:
+        self._places = {}
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 class Parked:

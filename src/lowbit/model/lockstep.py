@@ -1,23 +1,22 @@
 """All calibration batches walk through a block in step, and pause where the next group's input is known.
 
-`Lockstep` does it in one thread, holding what every batch has computed so far. Where memory does not allow that,
-`Recompute` takes one batch at a time and starts the block anew for each group: the same values from the same
-operations, so the result is the same to the last bit, for as many forward passes as there are groups. `Walk` deals
-the batches out to a fixed number of threads, each computing with a single torch thread: large independent pieces of
-work, instead of splitting every operation and waiting at its end.
+`Lockstep` does it in one thread, holding what every batch has computed so far; `Recompute` (recompute.py) does it where
+memory does not allow that. `Walk` deals the batches out to a fixed number of threads, each computing with a single
+torch thread: large independent pieces of work, instead of splitting every operation and waiting at its end.
 """
 
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 import greenlet
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
-from lowbit.model.walk import Entry, InputGroup, linears
+from lowbit.model.recompute import Recompute
+from lowbit.model.walk import Entry, InputGroup, hook_linears
 from lowbit.tensor import InputGrid
 
 T = TypeVar("T")
@@ -32,14 +31,6 @@ class _Walker(greenlet.greenlet):
     seen: dict[str, Tensor]
     waiting: tuple[int, Tensor] | None
     output: Tensor
-
-
-def _hook_linears(
-    block: nn.Module, groups: Sequence[InputGroup], hook: Callable[[int | None, str], Any]
-) -> list[RemovableHandle]:
-    """Put hook(index of its group if it is in one, local name) before every linear of the block."""
-    group_of = {name: k for k, group in enumerate(groups) for name in group.names}
-    return [m.register_forward_pre_hook(hook(group_of.get(name), name)) for name, m in linears(block).items()]
 
 
 class Lockstep:
@@ -67,7 +58,7 @@ class Lockstep:
         for walker, entry in zip(self._walkers, entries, strict=True):
             walker.lockstep, walker.entry, walker.passed, walker.waiting = self, entry, set(), None
             walker.seen = {}
-        self._handles = _hook_linears(block, groups, lambda k, name: self._pause_and_round(k, name, activations))
+        self._handles = hook_linears(block, groups, lambda k, name: self._pause_and_round(k, name, activations))
         self._handles += [block.get_submodule(n).register_forward_pre_hook(self._keep(n)) for n in watched]
 
     def _keep(self, name: str) -> Any:
@@ -134,60 +125,6 @@ class Lockstep:
         self._walkers = []
 
 
-class _Reached(Exception):
-    def __init__(self, x: Tensor) -> None:
-        super().__init__()
-        self.x = x
-
-
-class Recompute:
-    """What Lockstep does, holding one batch at a time: each group's input is computed from the block's beginning."""
-
-    def __init__(
-        self,
-        block: nn.Module,
-        index: int,
-        entries: list[Entry],
-        groups: Sequence[InputGroup],
-        activations: Mapping[str, InputGrid],
-        watched: Sequence[str] = (),
-    ) -> None:
-        assert not watched, "nothing is kept of what passes by"
-        self._block, self._index = block, index
-        self._entries = entries
-        self._thread = threading.get_ident()
-        self._wanted: int | None = None
-        self._handles = _hook_linears(block, groups, lambda k, name: self._stop_or_round(k, name, activations))
-
-    def _stop_or_round(self, k: int | None, name: str, activations: Mapping[str, InputGrid]) -> Any:
-        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
-            if threading.get_ident() != self._thread:
-                return None  # a batch of another thread's walk through the same block
-            if k is not None and k == self._wanted:
-                raise _Reached(args[0])
-            grid = activations.get(name)
-            return None if grid is None else (grid.round(args[0]), *args[1:])
-
-        return hook
-
-    def inputs(self, k: int) -> Iterator[tuple[Entry, Tensor]]:
-        """The k-th group's input, batch by batch (a batch that never reaches the group yields nothing)."""
-        for entry in self._entries:
-            self._wanted = k
-            try:
-                entry.run(self._block, self._index)
-            except _Reached as reached:
-                yield entry, reached.x
-
-    def outputs(self) -> list[Tensor]:
-        self._wanted = None
-        return [entry.keep(entry.run(self._block, self._index)) for entry in self._entries]
-
-    def close(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-
-
 class _Turns:
     """Whose turn it is among several threads: one after the other, those that have left are skipped. Nobody is skipped
     who has not said that it leaves, so the order does not depend on timing."""
@@ -231,7 +168,7 @@ class Walk:
         *,
         recompute: bool = False,
     ) -> None:
-        kind: Callable[..., Lockstep | Recompute] = Recompute if recompute else Lockstep
+        kind: Callable[..., Lockstep | Recompute] = partial(Recompute, threads=threads) if recompute else Lockstep
         size = -(-len(entries) // threads)
         shares = [entries[i : i + size] for i in range(0, len(entries), size)]
         # a greenlet lives in the thread it was made in: each share has a thread of its own

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 from transformers import PreTrainedModel
 
 from lowbit.errors import InputError
@@ -52,6 +53,14 @@ def find_blocks(model: nn.Module) -> Blocks:
 def linears(module: nn.Module) -> dict[str, nn.Linear]:
     """Every nn.Linear below `module` by its name there."""
     return {name: m for name, m in module.named_modules() if isinstance(m, nn.Linear)}
+
+
+def hook_linears(
+    block: nn.Module, groups: Sequence["InputGroup"], hook: Callable[[int | None, str], Any]
+) -> list[RemovableHandle]:
+    """Put hook(index of its group if it is in one, local name) before every linear of the block."""
+    group_of = {name: k for k, group in enumerate(groups) for name in group.names}
+    return [m.register_forward_pre_hook(hook(group_of.get(name), name)) for name, m in linears(block).items()]
 
 
 def attentions(model: nn.Module) -> list[str]:

@@ -1,0 +1,107 @@
+"""A walk of calibration batches through a block that holds one batch at a time.
+
+Each group's input is computed from the block's beginning: the same values from the same operations as in lockstep, so
+the result is the same to the last bit. What the linears of earlier groups make of it no longer changes once those are
+rounded, so it is computed once and read from a file from then on; only what lies between linears is computed anew.
+"""
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from lowbit.model.walk import Entry, InputGroup, hook_linears, linears
+from lowbit.parking import Shelf
+from lowbit.tensor import InputGrid
+
+_WORTH_KEEPING = 512  # inputs of a linear: with fewer, computing an output is as fast as writing and reading it
+_SHARE_OF_DISK = 0.5  # of what is free, for all threads together
+
+
+class _Reached(Exception):
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.x = x
+
+
+class Recompute:
+    """What Lockstep does, one batch after the other, one pass for each group."""
+
+    def __init__(
+        self,
+        block: nn.Module,
+        index: int,
+        entries: list[Entry],
+        groups: Sequence[InputGroup],
+        activations: Mapping[str, InputGrid],
+        watched: Sequence[str] = (),
+        *,
+        threads: int = 1,
+    ) -> None:
+        assert not watched, "nothing is kept of what passes by"
+        self._block, self._index = block, index
+        self._entries, self._groups = entries, groups
+        self._thread = threading.get_ident()
+        self._wanted: int | None = None
+        self._batch = 0
+        self._calls: dict[str, int] = {}  # of this pass, by linear: one may be called several times
+        self._shelf = Shelf(_SHARE_OF_DISK / threads)
+        self._handles = hook_linears(block, groups, lambda k, name: self._before(k, name, activations))
+        self._handles += [m.register_forward_hook(self._after(n)) for n, m in linears(block).items()]
+
+    def _before(self, k: int | None, name: str, activations: Mapping[str, InputGrid]) -> Callable[..., Any]:
+        def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+            if threading.get_ident() != self._thread:
+                return None  # a batch of another thread's walk through the same block
+            if k is not None and k == self._wanted:
+                raise _Reached(args[0])
+            self._calls[name] = self._calls.get(name, 0) + 1
+            if self._key(name) in self._shelf:
+                return (args[0][:0], *args[1:])  # nothing to compute
+            grid = activations.get(name)
+            return None if grid is None else (grid.round(args[0]), *args[1:])
+
+        return hook
+
+    def _after(self, name: str) -> Callable[..., Any]:
+        group = next((k for k, group in enumerate(self._groups) if name in group.names), None)
+
+        def hook(module: nn.Linear, _args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+            if threading.get_ident() != self._thread:
+                return None
+            key = self._key(name)
+            if key in self._shelf:
+                return self._shelf.get(key)
+            rounded = self._wanted is not None and group is not None and group < self._wanted
+            if rounded and module.in_features >= _WORTH_KEEPING:
+                self._shelf.put(key, output)
+            return None
+
+        return hook
+
+    def _key(self, name: str) -> tuple[int, str, int]:
+        return self._batch, name, self._calls[name]
+
+    def _passes(self, wanted: int | None) -> Iterator[Entry]:
+        """Every batch, about to begin its pass."""
+        self._wanted = wanted
+        for i, entry in enumerate(self._entries):
+            self._batch, self._calls = i, {}
+            yield entry
+
+    def inputs(self, k: int) -> Iterator[tuple[Entry, Tensor]]:
+        """The k-th group's input, batch by batch (a batch that never reaches the group yields nothing)."""
+        for entry in self._passes(k):
+            try:
+                entry.run(self._block, self._index)
+            except _Reached as reached:
+                yield entry, reached.x
+
+    def outputs(self) -> list[Tensor]:
+        return [entry.keep(entry.run(self._block, self._index)) for entry in self._passes(None)]
+
+    def close(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        self._shelf.close()
