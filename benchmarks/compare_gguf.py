@@ -35,20 +35,7 @@ def run(*command: object) -> str:
 
 
 def export(model: str, file: Path, kind: str, calibration: Path) -> dict[str, Any]:
-    command = [
-        sys.executable,
-        "-m",
-        "lowbit",
-        "export",
-        model,
-        "--format",
-        "gguf",
-        "--type",
-        kind,
-        "-o",
-        file,
-        "--force",
-    ]
+    command = [sys.executable, "-m", "lowbit", "export", model, "--format", "gguf", "--type", kind, "-o", file]
     calibrated = [] if kind == "f16" else ["--calibration", calibration, "--samples", WINDOWS, "--seq-len", CONTEXT]
     run(*command, "--force", *calibrated, "-q", "--json", file.with_suffix(".json"))
     document: dict[str, Any] = json.loads(file.with_suffix(".json").read_text())

@@ -108,7 +108,7 @@ def test_recomputing_gives_what_lockstep_gives(tiny: Path, tmp_path: Path, monke
     no linear computes a batch twice."""
     from transformers import AutoModelForCausalLM
 
-    monkeypatch.setattr(recompute, "_WORTH_KEEPING", 1)
+    monkeypatch.setattr(recompute, "WORTH_KEEPING", 1)
     results, computed = [], []
     for again, folder in ((False, None), (True, None), (True, tmp_path / "parked")):
         model = AutoModelForCausalLM.from_pretrained(tiny).eval()
@@ -147,7 +147,7 @@ def test_a_full_disk_only_means_computing_again(
     words = WORDS | {"calibration": str(text_file)}
     lowbit.quantize(tiny, tmp_path / "free", **words)
     monkeypatch.setattr(pipeline, "choose_frugal", lambda *_: True)
-    monkeypatch.setattr(recompute, "_WORTH_KEEPING", 1)
+    monkeypatch.setattr(recompute, "WORTH_KEEPING", 1)
     refused = []
 
     def full(_file: Any, values: torch.Tensor) -> None:

@@ -26,6 +26,7 @@ from lowbit.algorithms.compose import parse_method, settings_of
 from lowbit.console import note
 from lowbit.memory import Memory, inputs_of
 from lowbit.model.load import compute_dtype
+from lowbit.model.recompute import WORTH_KEEPING
 from lowbit.model.walk import Blocks, linears
 from lowbit.preflight import Plan
 from lowbit.recipe import Recipe
@@ -88,16 +89,17 @@ def _seconds(
     threads = torch.get_num_threads()
     seconds, share = 0.0, _active(model)
     for name in blocks.names:
-        block = model.get_submodule(name)
+        block, groups = model.get_submodule(name), inputs_of(model.get_submodule(name))
         weights = sum(m.weight.numel() for m in linears(block).values())
-        for rows, width in inputs_of(block):
+        for rows, width in groups:
             seconds += common.seconds(rows, width, workers)
             if tokens:
                 seconds += (share * tokens + 3 * rows) * width * width / 2 * rates.product / threads
         if tokens:
-            passes = 1 + (len(inputs_of(block)) if frugal else 0)
-            values = sum(m.in_features + m.out_features for m in linears(block).values()) * _VALUES
-            seconds += passes * tokens * (weights * share * rates.forward + values * rates.value) / threads
+            passes = (len(groups) + 1) / 2 if frugal else 1  # up to each group, and one to the end
+            again = sum(rows * width for rows, width in groups if width < WORTH_KEEPING) * (passes - 1)
+            values = sum(m.in_features + m.out_features for m in linears(block).values()) * _VALUES * passes
+            seconds += tokens * ((weights + again) * share * rates.forward + values * rates.value) / threads
             seconds += _learned_tokens(recipe) * _LEARNING_PASSES * weights * rates.forward / threads
         seconds += weights * _HANDLING * rates.value
     everything = sum(p.numel() for p in model.parameters())

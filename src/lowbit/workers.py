@@ -62,16 +62,26 @@ def using(workers: int) -> Iterator[None]:
         _setting["workers"] = before
 
 
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
+def one_thread() -> contextlib.AbstractContextManager[None]:
     """Column loops are thousands of operations of a few microseconds: a second thread costs more than it brings,
     and on a busy machine each waits for it."""
-    before, _setting["threads"] = _setting["threads"], _setting["threads"] or torch.get_num_threads()
-    with _threads(1):
-        try:
+    return _single(_setting["threads"] or torch.get_num_threads())
+
+
+def _alone() -> contextlib.AbstractContextManager[None]:
+    """One thread for a piece, whatever it asks for."""
+    return _single(1)
+
+
+@contextlib.contextmanager
+def _single(most: int) -> Iterator[None]:
+    """One thread, and `most` within `every_thread`."""
+    before, _setting["threads"] = _setting["threads"], most
+    try:
+        with _threads(1):
             yield
-        finally:
-            _setting["threads"] = before
+    finally:
+        _setting["threads"] = before
 
 
 @contextlib.contextmanager
@@ -90,17 +100,6 @@ def _threads(count: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextlib.contextmanager
-def _alone() -> Iterator[None]:
-    """One thread for a piece, whatever it asks for."""
-    before, _setting["threads"] = _setting["threads"], 1
-    try:
-        with _threads(1):
-            yield
-    finally:
-        _setting["threads"] = before
 
 
 def side_by_side(pieces: Sequence[Callable[[], T]]) -> list[T]:

@@ -248,52 +248,51 @@ class Columns:
 
 
 def refine(weight: Tensor, quantized: QuantizedTensor, H: Tensor, sweeps: int = 1) -> QuantizedTensor:
-    """Exact descent on (W - Ŵ) H (W - Ŵ)ᵀ: group by group its scales first, then every column's codes. Never worse.
+    """Exact descent on E H Eᵀ, E = W - Ŵ: group by group its scales first, then every column's codes. Never worse.
 
-    `weight` is what the codes stand for before the tensor's own scale and rotation, if there are any.
+    `weight` is what the codes stand for before the tensor's own scale and rotation, if there are any. The slopes H Eᵀ
+    of a block of columns are made when it is reached: one product of H's size a sweep.
     """
     scheme = quantized.scheme
     plain = replace(quantized, tensor_scale=None, rotation=None)
     grid = Columns(quantized.scale, quantized.zero_point, scheme, weight.shape, quantized.table)
-    W_hat = plain.dequantize()
-    G = (weight.float() - W_hat) @ H
+    W, W_hat = weight.float(), plain.dequantize()
+    E = W - W_hat
     columns, grouped = torch.arange(W_hat.shape[1]), scheme.granularity == "group"
     block = max(128 // grid.columns, 1) * grid.columns if grouped else 128
-    for sweep in range(sweeps):
+    for _ in range(sweeps):
         if scheme.granularity == "channel":
-            _refit_channels(W_hat, G, H, grid)
+            _refit_channels(W_hat, E, H, grid)
         for start in range(0, W_hat.shape[1], block):
             here = slice(start, min(start + block, W_hat.shape[1]))
-            before, H1 = W_hat[:, here].clone(), H[here, here]
-            values, G1 = before.T.contiguous(), G[:, here].T.contiguous()  # (block, out)
+            values, G, H1 = W_hat[:, here].T.contiguous(), H[here] @ E.T, H[here, here]  # (block, out), (block, block)
             if grouped:
                 for k in range(0, len(values), grid.columns):
-                    _refit_group(values, G1, H1, grid, start, slice(k, k + grid.columns))
-            descend(values, G1, H1, grid.of(columns[here]))
+                    _refit_group(values, G, H1, grid, start, slice(k, k + grid.columns))
+            descend(values, G, H1, grid.of(columns[here]))
             W_hat[:, here] = values.T
-            later = slice(here.stop if sweep == sweeps - 1 else 0, None)  # what is still to be read
-            G[:, later].addmm_(W_hat[:, here] - before, H[here, later], alpha=-1)
+            E[:, here] = W[:, here] - W_hat[:, here]
     return replace(grid.codes(W_hat), tensor_scale=quantized.tensor_scale, rotation=quantized.rotation)
 
 
-def _refit_group(values: Tensor, G1: Tensor, H1: Tensor, grid: Columns, start: int, group: slice) -> None:
+def _refit_group(values: Tensor, G: Tensor, H1: Tensor, grid: Columns, start: int, group: slice) -> None:
     """The least-squares scale of a group given its codes, after rounding to the storage dtype; in place. `values` and
-    G1 (block, out) begin at column `start`, `group` is counted from there."""
+    G (block, out) begin at column `start`, `group` is counted from there."""
     k = (start + group.start) // grid.columns
     codes = values[group] / grid.scale[:, k]  # (group, out): code - zero_point
     curved = H1[:, group] @ codes
-    step = _scale_step(grid, k, curvature=(curved[group] * codes).sum(0), slope=(G1[group] * codes).sum(0))
+    step = _scale_step(grid, k, curvature=(curved[group] * codes).sum(0), slope=(G[group] * codes).sum(0))
     values[group] += step * codes
-    G1 -= step * curved
+    G -= step * curved
 
 
-def _refit_channels(W_hat: Tensor, G: Tensor, H: Tensor, grid: Columns) -> None:
+def _refit_channels(W_hat: Tensor, E: Tensor, H: Tensor, grid: Columns) -> None:
     """The same for scales of whole rows."""
     codes = W_hat / grid.scale
     curved = codes @ H
-    step = _scale_step(grid, 0, curvature=(curved * codes).sum(1), slope=(G * codes).sum(1))[:, None]
+    step = _scale_step(grid, 0, curvature=(curved * codes).sum(1), slope=(E * curved).sum(1))[:, None]
     W_hat += step * codes
-    G -= step * curved
+    E -= step * codes
 
 
 def _scale_step(grid: Columns, k: int, curvature: Tensor, slope: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from lowbit.model.walk import Entry, InputGroup, hook_linears, linears
 from lowbit.parking import Shelf
 from lowbit.tensor import InputGrid
 
-_WORTH_KEEPING = 512  # inputs of a linear: with fewer, computing an output is as fast as writing and reading it
+WORTH_KEEPING = 512  # inputs of a linear: with fewer, computing an output is as fast as writing and reading it
 _SHARE_OF_DISK = 0.5  # of what is free, for all threads together
 
 
@@ -74,7 +74,7 @@ class Recompute:
             if key in self._shelf:
                 return self._shelf.get(key)
             rounded = self._wanted is not None and group is not None and group < self._wanted
-            if rounded and module.in_features >= _WORTH_KEEPING:
+            if rounded and module.in_features >= WORTH_KEEPING:
                 self._shelf.put(key, output)
             return None
 
