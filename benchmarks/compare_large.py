@@ -142,6 +142,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--workers", type=int, default=default_workers(), help="lowbit's, as many as by default")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="lowbit's, such as sweeps=0")
+    parser.add_argument("--append", action="store_true", help="to the runs of an earlier call, in --output")
     parser.add_argument("--output", type=Path, default=HERE / "results" / "large.json")
     args = parser.parse_args()
     if not (args.model / "config.json").exists():
@@ -150,10 +151,8 @@ def main() -> None:
     from lowbit.environment import environment
 
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=HERE, capture_output=True, text=True, check=False)
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = json.loads(args.output.read_text())["runs"] if args.append else []
     document: dict[str, Any] = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit.stdout.strip(),
         "environment": environment(),
         "samples": args.samples,
         "window": WINDOW,
@@ -162,7 +161,13 @@ def main() -> None:
 
     def keep(row: dict[str, Any]) -> None:
         """A run takes up to an hour: what is measured is on disk before the next one begins."""
-        rows.append(row)
+        when = {"commit": commit.stdout.strip(), "ended": datetime.now(UTC).isoformat(timespec="seconds")}
+        rows.append(row | when)
+        if {"lowbit", "llmcompressor"} <= {r["tool"] for r in rows}:
+            document["lowbit_over_llmcompressor"] = {
+                key: best(rows, "lowbit", key) / best(rows, "llmcompressor", key)
+                for key in ("wall_seconds", "peak_pss", "peak_private", "peak_rss")
+            }
         args.output.write_text(json.dumps(document, indent=2) + "\n")
         print(json.dumps(row), flush=True)
 
@@ -171,13 +176,6 @@ def main() -> None:
             keep(run_lowbit(args.model, Path(folder) / "lowbit", args.samples, args.workers, args.set))
             if args.llmcompressor:
                 keep(run_llmcompressor(args.llmcompressor, args.model, Path(folder) / "peer", args.samples))
-    if args.llmcompressor:
-        document["lowbit_over_llmcompressor"] = {
-            key: best(rows, "lowbit", key) / best(rows, "llmcompressor", key)
-            for key in ("wall_seconds", "peak_pss", "peak_private", "peak_rss")
-        }
-        print(json.dumps(document["lowbit_over_llmcompressor"], indent=2))
-    args.output.write_text(json.dumps(document, indent=2) + "\n")
 
 
 if __name__ == "__main__":
