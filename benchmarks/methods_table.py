@@ -228,7 +228,8 @@ def main() -> None:
             new = measure(pending[i : i + a.together], path, a.windows, untimed=a.untimed)
             done = {key(row) for row in new}
             kept = [r for r in read_rows() if key(r) not in done]
-            write(kept + [row | {"commit": commit.stdout.strip()} for row in new])
+            where = {"commit": commit.stdout.strip(), "machine": "{cpu}, {instruction_set}".format(**environment())}
+            write(kept + [row | where for row in new])
             write(read_rows())  # in the order of CASES
             render()
             print("\n".join(_line(row) for row in new), file=sys.stderr, flush=True)
