@@ -70,28 +70,29 @@ CASES: dict[str, dict[str, list[tuple[str, str]]]] = {
         "w4a16": [("rtn", ""), ("gptq", ""), ("awq", ""), ("awq+gptq", ""), ("signround", "scope=model")],
     },
 }  # fmt: skip
-# as benchmarks/peers measures them on the whole text: model -> what, bits per weight, perplexity, KL
+# as benchmarks/peers measures them on the whole text: model -> what, bits per weight, perplexity, KL, seconds and peak
+# memory (of the process with its evaluation) on two Zen 5 cores, where they were taken
 PEERS_ORIGINAL = 12.856
 PEERS = {
     DEMO: [
-        ("llm-compressor SmoothQuant+GPTQ W8A8", "8.052", "12.861", "0.00040"),
-        ("llm-compressor FP8 dynamic", "8.052", "12.881", "0.00209"),
-        ("AutoRound w4, 200 iterations", "4.125", "12.901", "0.00361"),
-        ("llm-compressor GPTQ w4", "4.125", "12.902", "0.00411"),
-        ("GPTQModel GPTQ w4", "4.125", "12.911", "0.00458"),
-        ("llm-compressor AWQ w4, zero points", "4.156", "12.986", "0.00940"),
-        ("AutoRound w3", "3.125", "13.047", "0.01383"),
-        ("llm-compressor GPTQ w3", "3.125", "13.146", "0.01963"),
-        ("GPTQModel GPTQ w3", "3.125", "13.150", "0.02115"),
-        ("AutoRound w2", "2.125", "13.771", "0.06493"),
-        ("llm-compressor GPTQ w2", "2.125", "14.703", "0.12561"),
+        ("llm-compressor SmoothQuant+GPTQ W8A8", "8.052", "12.861", "0.00040", "43", "1.56 GB"),
+        ("llm-compressor FP8 dynamic", "8.052", "12.881", "0.00209", "0.1", "1.07 GB"),
+        ("AutoRound w4, 200 iterations", "4.125", "12.901", "0.00361", "154", "1.33 GB"),
+        ("llm-compressor GPTQ w4", "4.125", "12.902", "0.00411", "25", "1.13 GB"),
+        ("GPTQModel GPTQ w4", "4.125", "12.911", "0.00458", "34", "1.86 GB"),
+        ("llm-compressor AWQ w4, zero points", "4.156", "12.986", "0.00940", "190", "2.57 GB"),
+        ("AutoRound w3", "3.125", "13.047", "0.01383", "164", "1.34 GB"),
+        ("llm-compressor GPTQ w3", "3.125", "13.146", "0.01963", "24", "1.20 GB"),
+        ("GPTQModel GPTQ w3", "3.125", "13.150", "0.02115", "18", "1.76 GB"),
+        ("AutoRound w2", "2.125", "13.771", "0.06493", "154", "1.33 GB"),
+        ("llm-compressor GPTQ w2", "2.125", "14.703", "0.12561", "25", "1.38 GB"),
     ],
     OUTLIER: [
-        ("llm-compressor SmoothQuant+GPTQ W8A8", "8.052", "13.144", "0.01982"),
-        ("llm-compressor RTN W8A8", "8.052", "14.854", "0.14044"),
-        ("llm-compressor FP8 dynamic", "8.052", "12.886", "0.00223"),
-        ("llm-compressor AWQ w4, zero points", "4.156", "12.989", "0.00942"),
-        ("llm-compressor GPTQ w4", "4.125", "12.986", "0.01024"),
+        ("llm-compressor SmoothQuant+GPTQ W8A8", "8.052", "13.144", "0.01982", "", ""),
+        ("llm-compressor RTN W8A8", "8.052", "14.854", "0.14044", "", ""),
+        ("llm-compressor FP8 dynamic", "8.052", "12.886", "0.00223", "", ""),
+        ("llm-compressor AWQ w4, zero points", "4.156", "12.989", "0.00942", "", ""),
+        ("llm-compressor GPTQ w4", "4.125", "12.986", "0.01024", "", ""),
     ],
 }
 _QUANTIZE = """
@@ -164,8 +165,8 @@ def table(rows: list[dict[str, Any]]) -> str:
         ]  # fmt: skip
         lines += [_line(r) for r in rows if r["model"] == model]
         lines += [
-            f"| peer | {what} | {bits} | {float(ppl) / PEERS_ORIGINAL - 1:+.2%} | {kl} | | |"
-            for what, bits, ppl, kl in PEERS[model]
+            f"| peer | {what} | {bits} | {float(ppl) / PEERS_ORIGINAL - 1:+.2%} | {kl} | {seconds} | {memory} |"
+            for what, bits, ppl, kl, seconds, memory in PEERS[model]
         ]
         lines.append("")
     return "\n".join(lines)
