@@ -1,6 +1,6 @@
 """What `quantize --dry-run` predicts, against what the run then takes: memory, time and output, on three models.
 
-    python benchmarks/forecasts.py [--model DIR]... [--work DIR] [--samples 32] [--seq-len 512] [--workers 1]
+    python benchmarks/forecasts.py [--model DIR]... [--work DIR] [--samples 32] [--seq-len 512] [--workers N]
 
 By default: the demo (8 M parameters), a random Llama of 100 M, and one of 1.1 B, the last two made under --work if they
 are not there. Each prediction and each run is a process of its own. Times are the document's: imports are not counted.
@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from compare_large import DEMO, HERE, make_model
+
+from lowbit.workers import default_workers
 
 SHAPES: dict[str, dict[str, int]] = {
     "random-100m": {
@@ -69,7 +71,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()))
     parser.add_argument("--samples", type=int, default=32)
     parser.add_argument("--seq-len", type=int, default=512)
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=default_workers())
     parser.add_argument("--output", type=Path, default=HERE / "results" / "forecasts.json")
     args = parser.parse_args()
     if not args.model:
