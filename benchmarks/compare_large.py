@@ -6,7 +6,8 @@ The model is a Llama shape (2048 hidden, 16 layers) with random bfloat16 weights
 both tools get the same windows of the demo's calibration text, and both write what vLLM would load. Each run is a
 process of its own, watched from outside:
 
-    peak_pss      the largest sum, over the process and its children, of proportional set sizes (shared pages once)
+    peak_pss      the largest sum, over the process and its children, of proportional set sizes (shared pages once;
+                  a sample in whose middle a child began or ended is none, since it counts shared pages twice)
     peak_private  of that, what is no file: files that are mapped (safetensors, libraries) are the system's to drop
     peak_rss      the sum of the processes' own high-water marks, which no sampling can miss
     wall_seconds  from start to end, with imports
@@ -57,7 +58,8 @@ def memory_of(root: psutil.Process) -> tuple[int, int, dict[int, int]]:
     """(PSS, the part of it that is no file, high-water mark by process id) of a process and its children, in bytes."""
     pss = private = 0
     marks: dict[int, int] = {}
-    for process in [root, *root.children(recursive=True)]:
+    children = root.children(recursive=True)
+    for process in [root, *children]:
         folder = Path(f"/proc/{process.pid}")
         try:
             rollup = (folder / "smaps_rollup").read_text()
@@ -69,7 +71,8 @@ def memory_of(root: psutil.Process) -> tuple[int, int, dict[int, int]]:
         private += (kib.get("Pss_Anon", 0) + kib.get("Pss_Shmem", 0)) * 1024
         mark = next((line for line in status.splitlines() if line.startswith("VmHWM")), "VmHWM: 0")
         marks[process.pid] = int(mark.split()[1]) * 1024
-    return pss, private, marks
+    whole = root.children(recursive=True) == children
+    return (pss, private, marks) if whole else (0, 0, marks)
 
 
 def watched(command: list[str], **variables: str) -> tuple[dict[str, Any], str]:

@@ -177,6 +177,9 @@ class Job:
                             result.report.update(inputs_report(share, result.report))
                         grids.update({n: InputGrid(scheme.activation, scale) for n in same if scale is not None})
                     rounded |= results
+                del statistics  # of a wide input a large part of what is in memory
+                for n in wanted:
+                    _put(block, n, rounded[n].quantized)
             if self.recipe.kv_scheme is not None:
                 module = self.source.checkpoint.stored_module
                 self.kv_scales = block_scales(block, name, index, entries, grids, self.recipe.kv_scheme, module)
@@ -191,6 +194,7 @@ class Job:
             if local not in rounded:  # no calibration data, or none that reached it
                 empty = Statistics.empty(linears(block)[local].in_features) if entries else None
                 rounded |= self._round(block, name, [local], scheme, empty)
+                _put(block, local, rounded[local].quantized)
             if scheme.static and rounded[local].input_scale is None:
                 raise InputError(f"{name}.{local}: {UNKNOWN_SCALE}")
         return {local: rounded[local] for local in schemes}
@@ -204,7 +208,7 @@ class Job:
         statistics: Statistics | None,
         correction: Correction | None = None,
     ) -> dict[str, Rounded]:
-        """Round linears of one input and scheme from their stored weights, and put the results into the block."""
+        """Round linears of one input and scheme from their stored weights."""
         weights = {f"{name}.{n}": self.stored(f"{name}.{n}.weight") for n in same}
         goals = {} if correction is None else {f"{name}.{n}": correction.goal(n, weights[f"{name}.{n}"]) for n in same}
         units = {n: Units(self.equalized.columns.get(n), self.equalized.rows.get(n)) for n in weights}
@@ -221,7 +225,6 @@ class Job:
         for local, result in by_local.items():
             if self.equalized.report:
                 result.report["equalization"] = self.equalized.report.get(f"{name}.{local}")
-            _put(block, local, result.quantized.dequantize(linears(block)[local].weight.dtype))
         return by_local
 
     def _learn_block(
@@ -244,7 +247,7 @@ class Job:
         say(name, learned)
         result = dict(rounded) | {n: self._learned(f"{name}.{n}", r, learned, n) for n, r in learning.items()}
         for n in learning:
-            _put(block, n, result[n].quantized.dequantize(linears(block)[n].weight.dtype))
+            _put(block, n, result[n].quantized)
         self.seen = {}
         return result, Walk(block, index, entries, (), grids, self.threads, recompute=self.frugal).finish()
 
@@ -304,7 +307,7 @@ class Job:
         read = self._reader(shard)
         for local, scheme in schemes.items():
             quantized = self.layout.unpack(self.source.checkpoint.stored_module(f"{name}.{local}"), read, scheme)
-            _put(block, local, quantized.dequantize(linears(block)[local].weight.dtype))
+            _put(block, local, quantized)
         checkpoint, tensors = self.source.checkpoint, read_header(self.work.path / shard)
         for local, parameter in block.named_parameters():  # norms and biases that an equalization changed
             there = checkpoint.stored_tensor(f"{name}.{local}")
@@ -363,8 +366,10 @@ class Job:
         return self._write(shard_name(len(names), len(names)), rest, rounded)
 
 
-def _put(block: nn.Module, local: str, weight: Tensor) -> None:
-    linears(block)[local].weight = nn.Parameter(weight, requires_grad=False)
+def _put(block: nn.Module, local: str, quantized: QuantizedTensor) -> None:
+    """Let a linear of the block compute with what its weight has become."""
+    linear = linears(block)[local]
+    linear.weight = nn.Parameter(quantized.dequantize(linear.weight.dtype), requires_grad=False)
 
 
 def _dynamic(schemes: Mapping[str, Scheme]) -> dict[str, InputGrid]:

@@ -146,10 +146,11 @@ class Parked:
         width = len(order)
         copy = torch.empty(width, width, dtype=self.matrix.dtype)
         some = torch.empty(_ROWS, width, dtype=self.matrix.dtype)
+        row, rows = some[0].nbytes, _view(some)
         for start in range(0, width, _ROWS):
             chosen = order[start : start + _ROWS].tolist()
-            for i, row in enumerate(chosen):
-                _read(self._file, some[i], row * some[i].nbytes)
+            for i, k in enumerate(chosen):
+                _fill(rows[i * row : (i + 1) * row], self._file, k * row)
             torch.index_select(some[: len(chosen)], 1, order, out=copy[start : start + len(chosen)])
         return copy
 
@@ -176,7 +177,10 @@ def _write(file: IO[bytes], values: Tensor) -> None:
 
 
 def _read(file: IO[bytes], values: Tensor, start: int) -> None:
-    view = _view(values)
+    _fill(_view(values), file, start)
+
+
+def _fill(view: memoryview, file: IO[bytes], start: int) -> None:
     while view:
         got = os.preadv(file.fileno(), [view], start)
         if not got:

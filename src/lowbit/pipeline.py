@@ -103,6 +103,7 @@ def quantize(
         clean(output)
         return {**manifest["summary"], "output": str(output), "layers": manifest["layers"]}
     if frugal:
+        give_back(thoroughly=True)  # what the forecast has tried
         return_at_once()
     method = parse_method(recipe.method)
     if method.rotation is not None:

@@ -222,9 +222,9 @@ def rope(x: Tensor, positions: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 def add_gram(total: Tensor, x: Tensor) -> None:
     """total (n, n) += xᵀ x, blocks on and below the diagonal; x (rows, n) of any float dtype."""
-    rows = x.float()
-    for i in range(0, x.shape[1], 128):
-        total[i : i + 128, : i + 128].addmm_(rows[:, i : i + 128].T, rows[:, : i + 128])
+    rows, block = x.float(), 256 if x.shape[1] >= 4096 else 128  # few and large, with little above the diagonal
+    for i in range(0, x.shape[1], block):
+        total[i : i + block, : i + block].addmm_(rows[:, i : i + block].T, rows[:, : i + block])
 
 
 def hadamard(x: Tensor) -> Tensor:
