@@ -343,7 +343,7 @@ class Job:
         read = self._reader(shard)
         for name, result in rounded.items():
             back = self.layout.unpack(checkpoint.stored_module(name), read, self.plan.schemes[name])
-            if not torch.equal(back.dequantize(), result.quantized.dequantize()):
+            if not back.equals(result.quantized):
                 raise AssertionError(f"{shard}: {name} reads back differently from what was written")
         report = [result.report for result in rounded.values()]
         self.work.write_report(shard, report)

@@ -30,6 +30,7 @@ from lowbit.console import note
 from lowbit.errors import InputError
 from lowbit.model.load import compute_dtype
 from lowbit.model.outside import LARGE
+from lowbit.model.recompute import WORTH_KEEPING
 from lowbit.model.walk import Blocks, linears
 from lowbit.parking import WIDE
 from lowbit.recipe import Recipe
@@ -38,7 +39,8 @@ from lowbit.tensor import rows_at_once
 BATCH = 4  # windows a batch at most
 _CACHE = 8 << 20  # bytes: a batch's widest activations stay in the cache
 _WORTH_SPILLING = 256e6  # bytes that need not be in memory
-_FEW_GROUPS = 8  # so often may a batch be computed anew without being asked to
+_FEW_GROUPS = 8  # so often may a batch pass a block without being asked to,
+_LITTLE = 0.5  # with so much of the block computed anew each time
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class Memory:
     activations: int
     spilled: int = 0
     parked: int = 0  # what `block` has that can wait on disk while a wide input's linears are rounded
-    spills: bool = False  # whether the block is short enough to be computed anew for each group
+    spills: bool = False  # whether passing the block again for each group is cheap
 
     @property
     def peak(self) -> int:
@@ -108,6 +110,7 @@ def estimate_memory(
     graphs = passing * _GRAPH * len(blocks.names)
     whole = sum(parameters.values()) * _LEARNING * 4 + graphs if learns == "model" else 0
     taught = largest * _LEARNING * 4 + passing * _GRAPH if learns == "block" else 0
+    again = sum(m.weight.numel() for m in modules.values() if m.in_features < WORTH_KEEPING)
     outside = [v for n, v in parameters.items() if not n.startswith(blocks.name + ".")]
     table = max((v for v in outside if v >= LARGE), default=0)
     small = sum(v for v in outside if v < LARGE)
@@ -120,7 +123,7 @@ def estimate_memory(
         activations=tokens * size * (2 * hidden + inner),
         spilled=tokens * hidden * size + parked,
         parked=parked if max(working, proving, taught) == working else 0,
-        spills=len(groups) <= _FEW_GROUPS and learns is None,
+        spills=len(groups) <= _FEW_GROUPS and learns is None and again < _LITTLE * largest,
     )
 
 
@@ -182,14 +185,14 @@ def give_back(*, thoroughly: bool) -> None:
         trim(0)
 
 
-def return_at_once() -> None:
-    """From now on, memory blocks of a mebibyte and more go back to the system when they are freed. The C library
+def return_at_once(size: int) -> None:
+    """From now on, memory blocks of `size` bytes and more go back to the system when they are freed. The C library
     otherwise raises that limit to 32 MB, and keeps each thread's former activations for its next ones. What the user
     set in the environment stays."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
     for variable, option in (("MALLOC_MMAP_THRESHOLD_", -3), ("MALLOC_TRIM_THRESHOLD_", -1)):
         if mallopt is not None and variable not in os.environ:
-            mallopt(option, 1 << 20)
+            mallopt(option, size)
 
 
 _PIECE = 8  # float32 copies of a piece's weights while it is rounded

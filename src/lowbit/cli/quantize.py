@@ -63,7 +63,6 @@ def quantize(
     begin(quiet, verbose, trust_remote_code)
     limit = percent(max_unreached, "--max-unreached")
     from lowbit.recipe import read_recipe
-    from lowbit.tuning.mixed import quantize as run
 
     if resume and force:
         raise InputError("--resume finishes an interrupted run and --force throws it away: give one of them.")
@@ -83,6 +82,10 @@ def quantize(
     }
     words |= {k: v for k, v in given.items() if v is not None}
     how: dict[str, Any] = {"resume": resume, "force": force, "dry_run": dry_run, "workers": workers}
+    if str(words.get("scheme")).startswith("auto:"):
+        from lowbit.tuning.mixed import quantize as run
+    else:  # without what a search needs: a second, and memory
+        from lowbit.pipeline import quantize as run
     document = run(model, output, max_memory=size(max_memory, "--max-memory"), **how, **words)
     if dry_run:
         finish("quantize", document, json, prediction(document["predicted"]), words.get("seed", 0))
