@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -53,3 +55,16 @@ def test_dequantize_rounds_once() -> None:
     exact = 255 * quantized.scale.double()
     assert quantized.dequantize().double() == exact
     assert quantized.dequantize(torch.bfloat16) == exact.bfloat16()
+
+
+@pytest.mark.parametrize("text", ["w4a16-g32", "w4a16-g32-asym", "fp8"])
+def test_equality_is_of_values(text: str) -> None:
+    mine = rtn(weight(), grid(text), torch.bfloat16)
+    assert mine.equals(rtn(weight(), grid(text), torch.bfloat16))
+    assert mine.equals(replace(mine, scale=mine.scale.float())), "the same numbers in another dtype"
+    codes = mine.codes.clone()
+    codes[3, 7] = 1 if float(codes[3, 7]) != 1 else 2
+    assert not mine.equals(replace(mine, codes=codes))
+    scale = mine.scale.clone()
+    scale[2, 0] *= 2
+    assert not mine.equals(replace(mine, scale=scale))
