@@ -107,9 +107,10 @@ class QuantizedTensor:
 
 
 def _alike(a: Tensor | None, b: Tensor | None) -> bool:
+    """Whether two parts are the same bytes; torch compares no float8."""
     if a is None or b is None:
         return a is b
-    return a.dtype == b.dtype and torch.equal(a, b)
+    return a.dtype == b.dtype and torch.equal(a.reshape(-1).view(torch.uint8), b.reshape(-1).view(torch.uint8))
 
 
 def rows_at_once(width: int) -> int:
