@@ -82,7 +82,8 @@ class Shelf:
     def put(self, key: Hashable, values: Tensor) -> None:
         """Keep a copy, if there is room."""
         if self._room is None:
-            self._open()
+            with contextlib.suppress(OSError):
+                self._open()
         if self._file is None or self._used + values.nbytes > (self._room or 0):
             return
         try:
