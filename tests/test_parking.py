@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import lowbit
-from lowbit import losses, parking, pipeline
+from lowbit import job, losses, parking, pipeline
 from lowbit.algorithms import METHODS
 from lowbit.algorithms.gptq import GPTQSettings, gptq
 from lowbit.losses import Statistics
@@ -22,6 +22,7 @@ from lowbit.parking import Parked, parking_in
 from lowbit.recipe import Recipe
 from lowbit.rounding import WORSE, round_linears
 from lowbit.scheme import Scheme
+from lowbit.shards import read_tensor
 from lowbit.stats import Hessian, Rows, quadratic_loss
 
 WIDE = 64
@@ -32,6 +33,7 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     """Inputs count as wide from 64 on."""
     monkeypatch.setattr(parking, "WIDE", WIDE)
     monkeypatch.setattr(losses, "WIDE", WIDE)
+    monkeypatch.setattr(job, "WIDE", WIDE)
 
 
 def inputs(rows: int, width: int = WIDE) -> torch.Tensor:
@@ -60,6 +62,20 @@ def test_what_is_set_aside_takes_no_memory_and_comes_back(tmp_path: Path) -> Non
     assert torch.equal(part, originals[1])
     with parking.aside([whole]):
         assert torch.equal(whole, originals[0])
+
+
+def test_memory_that_is_not_torchs_stays_where_it_is(tmp_path: Path) -> None:
+    """NumPy has looked at it, and may again. What is read from shards can be given back."""
+    seen = torch.randn(30, 50)
+    seen.numpy()
+    file = tmp_path / "values"
+    file.write_bytes(bytes(range(200)))
+    read = read_tensor(file, 8, "BF16", (8, 12))
+    original = read.clone()
+    with parking_in(tmp_path), parking.aside([seen, read]):
+        assert seen.untyped_storage().nbytes() == seen.nbytes
+        assert read.untyped_storage().nbytes() == 0
+    assert torch.equal(read, original)
 
 
 def test_a_full_disk_leaves_everything_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,10 +245,13 @@ def two_threads() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("wide", "two_threads")
+@pytest.mark.parametrize("stored", ["tiny", "tiny_float32"])
 def test_a_model_of_wide_inputs_is_the_same_either_way(
-    tiny: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    stored: str, request: pytest.FixtureRequest, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two threads; with everything in memory, and with activations and Hessians on disk."""
+    """Two threads; with everything in memory, and with activations, Hessians and the block's weights on disk. The
+    model is stored in the dtype it is computed in, or in another."""
+    tiny = request.getfixturevalue(stored)
     words: dict[str, Any] = {"scheme": "w4a16-g32", "samples": 24, "seq_len": 64, "calibration": str(text_file)}
     documents = []
     for place, frugal in (("memory", False), ("disk", True)):

@@ -10,7 +10,6 @@ The values are the same either way.
 """
 
 import contextlib
-import ctypes
 import os
 import shutil
 import tempfile
@@ -20,6 +19,8 @@ from typing import IO
 
 import torch
 from torch import Tensor
+
+from lowbit.shards import bytes_of
 
 WIDE = 4096  # inputs from which on a Hessian is large: 64 MiB
 _ROWS = 256  # read at once
@@ -62,8 +63,9 @@ def aside(tensors: Iterable[Tensor]) -> Iterator[None]:
 
 
 def _whole(tensor: Tensor) -> bool:
-    """Whether a tensor is all that there is in its memory, in order."""
-    return tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes > 0
+    """Whether a tensor is all that there is in its memory, in order, and the memory is torch's to give back."""
+    storage = tensor.untyped_storage()
+    return tensor.is_contiguous() and storage.nbytes() == tensor.nbytes > 0 and storage.resizable()
 
 
 class Shelf:
@@ -147,7 +149,7 @@ class Parked:
         width = len(order)
         copy = torch.empty(width, width, dtype=self.matrix.dtype)
         some = torch.empty(_ROWS, width, dtype=self.matrix.dtype)
-        row, rows = some[0].nbytes, _view(some)
+        row, rows = some[0].nbytes, bytes_of(some)
         for start in range(0, width, _ROWS):
             chosen = order[start : start + _ROWS].tolist()
             for i, k in enumerate(chosen):
@@ -166,19 +168,14 @@ class Parked:
         return self.matrix
 
 
-def _view(values: Tensor) -> memoryview:
-    """The bytes of a contiguous tensor. (A tensor that was seen as a NumPy array can give no memory back.)"""
-    return memoryview((ctypes.c_char * values.nbytes).from_address(values.data_ptr())).cast("B")
-
-
 def _write(file: IO[bytes], values: Tensor) -> None:
-    view = _view(values)
+    view = bytes_of(values)
     while view:
         view = view[file.write(view) :]
 
 
 def _read(file: IO[bytes], values: Tensor, start: int) -> None:
-    _fill(_view(values), file, start)
+    _fill(bytes_of(values), file, start)
 
 
 def _fill(view: memoryview, file: IO[bytes], start: int) -> None:

@@ -4,6 +4,7 @@ The library's own reader maps a whole file into the process privately, which cou
 is limited, and its writer wants all tensors at once and copies them.
 """
 
+import ctypes
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -23,13 +24,21 @@ def read_tensor(file: Path, start: int, dtype: str, shape: tuple[int, ...]) -> T
     tensor = torch.empty(math.prod(shape) * words.itemsize, dtype=torch.uint8)
     with file.open("rb", buffering=0) as stream:
         stream.seek(start)
-        view, done = memoryview(tensor.numpy()), 0  # type: ignore[arg-type]
+        view, done = bytes_of(tensor), 0
         while done < len(view):
             got = stream.readinto(view[done:])
             if not got:
                 raise OSError(f"the file ends {len(view) - done} bytes too early")
             done += got
     return tensor.view(words).reshape(shape)
+
+
+def bytes_of(values: Tensor) -> memoryview:
+    """The bytes of a contiguous tensor on the CPU, where they lie. (A tensor that NumPy has once looked at can give no
+    memory back.)"""
+    if not values.nbytes:
+        return memoryview(b"")
+    return memoryview((ctypes.c_char * values.nbytes).from_address(values.data_ptr())).cast("B")
 
 
 @dataclass(frozen=True)
