@@ -4,13 +4,15 @@
 
 The model is a Llama shape (2048 hidden, 16 layers) with random bfloat16 weights, made at --model if nothing is there;
 both tools get the same windows of the demo's calibration text, and both write what vLLM would load. Each run is a
-process of its own, watched from outside:
+process of its own, watched from outside (lowbit's with this script's Python: run it with that of an environment as a
+user installs it, `pip install psutil lowbit`, since development tools are mapped into memory as well):
 
     peak_pss      the largest sum, over the process and its children, of proportional set sizes (shared pages once;
                   a sample in whose middle a child began or ended is none, since it counts shared pages twice)
     peak_private  of that, what is no file: files that are mapped (safetensors, libraries) are the system's to drop
     peak_rss      the sum of the processes' own high-water marks, which no sampling can miss
     wall_seconds  from start to end, with imports
+    predicted     what `lowbit quantize --dry-run` said before of its own `seconds` and `peak_memory_bytes`
 """
 
 import argparse
@@ -112,6 +114,7 @@ def run_lowbit(model: Path, out: Path, samples: int, workers: int, settings: lis
     command += ["--method", "gptq", "--calibration", str(DEMO / "calibration.txt"), "--samples", str(samples)]
     command += ["--seq-len", str(WINDOW), "--workers", str(workers), "--quiet", "--force", "--json", "-"]
     command += [word for setting in settings for word in ("--set", setting)]
+    predicted = json.loads(watched([*command, "--dry-run"])[1])["predicted"]
     taken, output = watched(command)
     document = json.loads(output)
     loss = sum(r["loss"] for r in document["layers"]) / sum(r["loss_rtn"] for r in document["layers"])
@@ -120,6 +123,8 @@ def run_lowbit(model: Path, out: Path, samples: int, workers: int, settings: lis
         "workers": workers,
         "set": settings,
         "seconds": round(document["seconds"], 1),
+        "peak_memory_bytes": document["peak_memory_bytes"],
+        "predicted": {key: predicted[key] for key in ("seconds", "peak_memory_bytes")},
         "threads": document["environment"]["threads"],
         "loss_over_rtn": loss,
         "fallbacks": sum(r["fallback"] is not None for r in document["layers"]),
