@@ -20,8 +20,8 @@ two in step. The Makefile has the set-up of every reader.
 
 """
 _TAIL = """
-Rows are of several runs, some on another machine. "Gap where not" is by how much, in log-probability, lowbit prefers its
-own token to the reader's where the two differ (the median): those positions are near-ties.
+Rows are of several runs, some on another machine. "Gap where not" is by how much, in log-probability, lowbit prefers
+its own token to the reader's where the two differ (the median): those positions are near-ties.
 
 **Where the last column says no, activations are rounded** (the cache's row: below), and the bound cannot be met by two
 correct programs: a float's last bit decides between two codes, and the difference grows from layer to layer until it is
