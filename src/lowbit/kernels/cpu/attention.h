@@ -17,7 +17,7 @@ namespace LOWBIT_ISA {
 constexpr int kTile = 16, kChunk = 64, kRowBlock = 32;
 
 LB_INLINE F16 fp8_to_float(const uint8_t* p) {  // e4m3: shifted into a half, which is 2^8 too small
-  H16 u = narrow_u16((U16)widen_u8(p));
+  H16 u = narrow_u16(bits<U16>(widen_u8(p)));
   return half_to_float(((u & 0x7f) << 7) | ((u & 0x80) << 8)) * 256.f;
 }
 LB_INLINE B16 float_to_fp8(F16 v) {  // saturating at 448, half to even; NaN becomes 448
@@ -25,8 +25,8 @@ LB_INLINE B16 float_to_fp8(F16 v) {  // saturating at 448, half to even; NaN bec
   U16 u = bits<U16>(a);
   U16 normal = (u + 0x7ffffu + ((u >> 20) & 1u) - 0x3c000000u) >> 20;
   U16 tiny = bits<U16>(a + 16384.f) - 0x46800000u;  // steps of 2^-9: the adder rounds
-  U16 r = a < splat(0.015625f) ? tiny : normal;
-  return __builtin_convertvector(r | ((bits<U16>(v) >> 24) & 0x80u), B16);
+  U16 r = select(a < splat(0.015625f), tiny, normal);
+  return low_bytes(bits<I16>(r | ((bits<U16>(v) >> 24) & 0x80u)));
 }
 
 LB_INLINE uint8_t* tile_at(const Kv& kv, const int32_t* table, int head, int pos) {
@@ -164,7 +164,8 @@ LB_INLINE void widen_k(const Kv& kv, const uint8_t* tile, float* kf) {
 
 // V of the first `tokens` of one int4 tile -> vf[tokens][dim].
 LB_INLINE void widen_v_int4(const Kv& kv, const uint8_t* tile, int tokens, float* vf) {
-  const U16 shift = {0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4, 4, 4};
+  static const uint32_t shifts[16] = {0, 0, 0, 0, 0, 0, 0, 0, 4, 4, 4, 4, 4, 4, 4, 4};
+  const U16 shift = load<U16>(shifts);
   for (int i = 0; i < kv.dim; i += 16) {
     const uint16_t* side = int4_side(kv, tile, 1, i / kKvGroup);
     float s[kTile], low[kTile];
@@ -175,7 +176,7 @@ LB_INLINE void widen_v_int4(const Kv& kv, const uint8_t* tile, int tokens, float
       uint8_t twice[16];
       std::memcpy(twice, codes + (size_t)t * kv.dim / 2, 8);
       std::memcpy(twice + 8, twice, 8);
-      U16 u = ((U16)widen_u8(twice) >> shift) & 15u;
+      U16 u = (bits<U16>(widen_u8(twice)) >> shift) & 15u;
       store(vf + (size_t)t * kv.dim + i, fma(to_float(bits<I16>(u)), splat(s[t]), splat(low[t])));
     }
   }
@@ -266,14 +267,15 @@ void values_of(int rows, const float* p, const Source& from, int tokens, float* 
 // Mask, cap, exponentiate one chunk in place; rescale what was summed before.
 LB_INLINE void soften(Rows& st, int r, int start, int tokens, float* s, float scale, float softcap, float* out, int dim) {
   F16 top = splat(st.top[r]);
-  const I16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  static const int32_t lanes[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const I16 lane = load<I16>(lanes);
   const F16 dead = splat(-3.0e38f);
   for (int t = 0; t < tokens; t += 16) {
     F16 v = load<F16>(s + t) * scale;
     if (softcap > 0.f) v = softcap * (2.f * sigmoid(v * (2.f / softcap)) - 1.f);
     I16 pos = lane + splat_i(start + t);
-    v = pos > splat_i(st.last[r]) ? dead : v;
-    v = pos < splat_i(st.first[r]) ? dead : v;
+    v = select(pos > splat_i(st.last[r]), dead, v);
+    v = select(pos < splat_i(st.first[r]), dead, v);
     store(s + t, v);
     top = vmax(top, v);
   }
@@ -282,7 +284,7 @@ LB_INLINE void soften(Rows& st, int r, int start, int tokens, float* s, float sc
   F16 total = {};
   for (int t = 0; t < tokens; t += 16) {
     F16 v = load<F16>(s + t);
-    F16 e = v <= dead ? F16{} : vexp(v - m);
+    F16 e = select(v <= dead, F16{}, vexp(v - m));
     store(s + t, e);
     total += e;
   }
@@ -308,11 +310,11 @@ LB_INLINE DigitQuery split_query(const float* q, int dim, int8_t* high, int8_t* 
   for (int i = 0; i < dim; i += 16) {
     F16 v = load_to(q, i, dim) * mul;
     I16 h = to_int(v);
-    h = h > 127 ? splat_i(127) : h;
-    h = h < -127 ? splat_i(-127) : h;
+    h = select(h > 127, splat_i(127), h);
+    h = select(h < -127, splat_i(-127), h);
     I16 l = to_int((v - to_float(h)) * 254.f);  // the rest, in [-0.5, 0.5], in steps of 1/254
-    l = l > 127 ? splat_i(127) : l;
-    l = l < -127 ? splat_i(-127) : l;
+    l = select(l > 127, splat_i(127), l);
+    l = select(l < -127, splat_i(-127), l);
     store_s8(high + i, h);
     store_s8(low + i, l);
     sh += h;

@@ -43,6 +43,8 @@ uint64_t ops_int8(size_t iterations) {
   I16 a = splat_i(0x02010201);
 #if defined(__AVX512F__)
 #define LB_STEP(x) x = dot4<true>(x, w, a); __asm__("" : "+v"(x))
+#elif defined(__AVX2__)
+#define LB_STEP(x) x = dot4<true>(x, w, a); __asm__("" : "+x"(x.low), "+x"(x.high))
 #else
 #define LB_STEP(x) x = dot4<true>(x, w, a); __asm__("" : "+m"(x))
 #endif

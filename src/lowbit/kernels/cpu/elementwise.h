@@ -77,8 +77,8 @@ void norm_quant(const float* x, const float* weight, float eps, int n, int strid
     I16 total = {};
     for (int i = k; i < k + fold; i += 16) {
       I16 c = i < n ? to_int(value(i) * group_mul) : I16{};
-      c = c > 127 ? splat_i(127) : c;
-      c = c < -127 ? splat_i(-127) : c;  // a NaN lands here too
+      c = select(c > 127, splat_i(127), c);
+      c = select(c < -127, splat_i(-127), c);  // a NaN lands here too
       total += c;
       store_s8(q + i, c);
     }

@@ -15,6 +15,9 @@ namespace LOWBIT_ISA {
 LB_INLINE I16 splat_16_bytes(const int8_t* p) {
 #if defined(__AVX512F__)
   return (I16)_mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+  const __m256i v = _mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)p));
+  return {(I16Half)v, (I16Half)v};
 #else
   I16 v;
   for (int i = 0; i < 4; ++i) std::memcpy((char*)&v + 16 * i, p, 16);
@@ -24,15 +27,14 @@ LB_INLINE I16 splat_16_bytes(const int8_t* p) {
 
 // Four vectors, each with 4 partial sums for 4 rows -> one sum per row, in row order.
 LB_INLINE I16 sum_quads(I16 a, I16 b, I16 c, I16 d) {
-  I16 r;
-  int32_t t[4][16];
+  int32_t r[16], t[4][16];
   store(t[0], a);
   store(t[1], b);
   store(t[2], c);
   store(t[3], d);
   for (int i = 0; i < 4; ++i)
     for (int j = 0; j < 4; ++j) r[4 * i + j] = t[i][4 * j] + t[i][4 * j + 1] + t[i][4 * j + 2] + t[i][4 * j + 3];
-  return r;
+  return load<I16>(r);
 }
 #if defined(__AVX512F__)
 LB_INLINE I16 sum_quads_512(I16 a, I16 b, I16 c, I16 d) {

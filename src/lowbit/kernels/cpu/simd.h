@@ -1,8 +1,8 @@
 // Sixteen lanes, whatever the machine.
 //
 // Every kernel is written once over GCC/Clang vector extensions of 64 bytes: F16 (16 floats), I16 (16 int32),
-// B64 (64 bytes). The compiler splits them into 2 x 32 or 4 x 16 bytes where registers are narrower. Only the few
-// operations that the extensions cannot express (the 4-way byte dot product, half floats, a table lookup, a
+// B64 (64 bytes). With AVX2 they are two vectors of 32 (wide.h); where registers have 16 bytes the compiler splits them.
+// Only the few operations that the extensions cannot express (the 4-way byte dot product, half floats, a table lookup, a
 // rounding conversion) are written per instruction set below.
 //
 // This header is compiled several times with different flags, so everything lives in the namespace LOWBIT_ISA and
@@ -20,17 +20,28 @@
 #include <arm_neon.h>
 #endif
 
-#define LB_INLINE static inline __attribute__((always_inline))
+#include "wide.h"
 
 namespace lowbit {
 namespace LOWBIT_ISA {
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+#define LB_TWO(name, element)                                \
+  typedef element name##Half __attribute__((vector_size(32))); \
+  typedef Two<name##Half, element> name
+LB_TWO(F16, float);
+LB_TWO(I16, int32_t);
+LB_TWO(U16, uint32_t);
+LB_TWO(B64, uint8_t);
+LB_TWO(H32, uint16_t);
+#undef LB_TWO
+#else
 typedef float F16 __attribute__((vector_size(64)));
 typedef int32_t I16 __attribute__((vector_size(64)));
 typedef uint32_t U16 __attribute__((vector_size(64)));
 typedef uint8_t B64 __attribute__((vector_size(64)));
-typedef int8_t S64 __attribute__((vector_size(64)));
 typedef uint16_t H32 __attribute__((vector_size(64)));
+#endif
 typedef uint16_t H16 __attribute__((vector_size(32)));
 typedef uint8_t B16 __attribute__((vector_size(16)));
 typedef int8_t S16 __attribute__((vector_size(16)));
@@ -38,8 +49,6 @@ typedef int8_t S16 __attribute__((vector_size(16)));
 // How many rows of activations one pass keeps in registers; see linear.h.
 #if defined(__AVX512F__)
 constexpr int kGemvRows = 8, kTileRows = 6, kTilePanels = 2;
-#elif defined(__AVX2__)
-constexpr int kGemvRows = 2, kTileRows = 2, kTilePanels = 1;
 #else
 constexpr int kGemvRows = 4, kTileRows = 4, kTilePanels = 1;
 #endif
@@ -51,36 +60,22 @@ constexpr bool kWideDot = true;
 constexpr bool kWideDot = false;
 #endif
 
-template <class V>
-LB_INLINE V load(const void* p) {
-  V v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-template <class V>
-LB_INLINE void store(void* p, V v) {
-  std::memcpy(p, &v, sizeof v);
-}
-template <class To, class From>
-LB_INLINE To bits(From v) {
-  static_assert(sizeof(To) == sizeof(From), "bits() keeps the size");
-  To t;
-  std::memcpy(&t, &v, sizeof t);
-  return t;
-}
-
 // Not F16{} + x: 0 + x is an addition (it turns -0 into 0), and it hides the broadcast from the compiler.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+LB_INLINE F16 splat(float x) { return {(F16Half)_mm256_set1_ps(x), (F16Half)_mm256_set1_ps(x)}; }
+LB_INLINE I16 splat_i(int32_t x) { return {(I16Half)_mm256_set1_epi32(x), (I16Half)_mm256_set1_epi32(x)}; }
+#else
 LB_INLINE F16 splat(float x) { return F16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
-LB_INLINE void prefetch_write(const void* p) { __builtin_prefetch(p, 1, 3); }
-
 LB_INLINE I16 splat_i(int32_t x) { return I16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+#endif
+LB_INLINE void prefetch_write(const void* p) { __builtin_prefetch(p, 1, 3); }
 LB_INLINE B64 splat_b(uint8_t x) { return B64{} + x; }
 LB_INLINE int32_t load_i32(const void* p) {
   int32_t v;
   std::memcpy(&v, p, 4);
   return v;
 }
-LB_INLINE F16 to_float(I16 v) { return __builtin_convertvector(v, F16); }
+LB_INLINE F16 to_float(I16 v) { return convert<F16>(v); }
 
 #if defined(__AVX512F__)
 LB_INLINE F16 fma(F16 a, F16 b, F16 c) { return (F16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
@@ -91,42 +86,45 @@ LB_INLINE float reduce_max(F16 v) { return _mm512_reduce_max_ps((__m512)v); }
 LB_INLINE float reduce_add(F16 v) { return _mm512_reduce_add_ps((__m512)v); }
 LB_INLINE int32_t reduce_add_i(I16 v) { return _mm512_reduce_add_epi32((__m512i)v); }
 #else
-LB_INLINE float reduce_max(F16 v) {
+LB_INLINE float reduce_max(const F16& lanes) {
+  float v[16];
+  store(v, lanes);
   float m = v[0];
   for (int i = 1; i < 16; ++i) m = v[i] > m ? v[i] : m;
   return m;
 }
 // The same tree on every narrower machine.
-LB_INLINE float reduce_add(F16 v) {
+LB_INLINE float reduce_add(const F16& lanes) {
+  float v[16];
+  store(v, lanes);
   for (int h = 8; h >= 1; h /= 2)
     for (int i = 0; i < h; ++i) v[i] += v[i + h];
   return v[0];
 }
-LB_INLINE int32_t reduce_add_i(I16 v) {
-  int32_t s = 0;
+LB_INLINE int32_t reduce_add_i(const I16& lanes) {
+  int32_t v[16], s = 0;
+  store(v, lanes);
   for (int i = 0; i < 16; ++i) s += v[i];
   return s;
 }
+#if defined(__AVX2__)
+LB_INLINE F16 vmax(const F16& a, const F16& b) {
+  return {(F16Half)_mm256_max_ps((__m256)a.low, (__m256)b.low), (F16Half)_mm256_max_ps((__m256)a.high, (__m256)b.high)};
+}
+LB_INLINE F16 vmin(const F16& a, const F16& b) {
+  return {(F16Half)_mm256_min_ps((__m256)a.low, (__m256)b.low), (F16Half)_mm256_min_ps((__m256)a.high, (__m256)b.high)};
+}
+LB_INLINE F16 fma(const F16& a, const F16& b, const F16& c) {
+  return {(F16Half)_mm256_fmadd_ps((__m256)a.low, (__m256)b.low, (__m256)c.low),
+          (F16Half)_mm256_fmadd_ps((__m256)a.high, (__m256)b.high, (__m256)c.high)};
+}
+LB_INLINE I16 to_int(const F16& v) {
+  return {(I16Half)_mm256_cvtps_epi32((__m256)v.low), (I16Half)_mm256_cvtps_epi32((__m256)v.high)};
+}
+#else
 LB_INLINE F16 vmax(F16 a, F16 b) { return a > b ? a : b; }
 LB_INLINE F16 vmin(F16 a, F16 b) { return a < b ? a : b; }
-#if defined(__AVX2__)
-typedef float F8 __attribute__((vector_size(32)));
-LB_INLINE F16 fma(F16 a, F16 b, F16 c) {
-  __m256 r[2], x[2], y[2], z[2];
-  std::memcpy(x, &a, 64);
-  std::memcpy(y, &b, 64);
-  std::memcpy(z, &c, 64);
-  r[0] = _mm256_fmadd_ps(x[0], y[0], z[0]);
-  r[1] = _mm256_fmadd_ps(x[1], y[1], z[1]);
-  return load<F16>(r);
-}
-LB_INLINE I16 to_int(F16 a) {
-  __m256 x[2];
-  std::memcpy(x, &a, 64);
-  __m256i r[2] = {_mm256_cvtps_epi32(x[0]), _mm256_cvtps_epi32(x[1])};
-  return load<I16>(r);
-}
-#elif defined(__ARM_NEON)
+#if defined(__ARM_NEON)
 LB_INLINE F16 fma(F16 a, F16 b, F16 c) {
   float32x4_t x[4], y[4], z[4];
   std::memcpy(x, &a, 64);
@@ -152,29 +150,26 @@ LB_INLINE I16 to_int(F16 v) {
 }
 #endif
 #endif
+#endif
 
 // acc[lane] += sum over i < 4 of w[4 lane + i] (unsigned) * a[4 lane + i] (signed).
 // SMALL promises w <= 127, which spares the narrower machines a detour around saturation.
+#if defined(__AVX2__) && !defined(__AVX512F__)
 template <bool SMALL>
-LB_INLINE I16 dot4(I16 acc, B64 w, I16 a) {
+LB_INLINE I16Half dot4(I16Half acc, B64Half w, I16Half a) {
+  const __m256i x = (__m256i)w, y = (__m256i)a;
+  if (SMALL) return acc + (I16Half)_mm256_madd_epi16(_mm256_maddubs_epi16(x, y), _mm256_set1_epi16(1));
+  const __m256i even = _mm256_and_si256(x, _mm256_set1_epi16(0xff)), odd = _mm256_srli_epi16(x, 8);
+  const __m256i a_even = _mm256_srai_epi16(_mm256_slli_epi16(y, 8), 8), a_odd = _mm256_srai_epi16(y, 8);
+  return acc + ((I16Half)_mm256_madd_epi16(even, a_even) + (I16Half)_mm256_madd_epi16(odd, a_odd));
+}
+#endif
+template <bool SMALL>
+LB_INLINE I16 dot4(const I16& acc, const B64& w, const I16& a) {
 #if defined(__AVX512VNNI__)
   return (I16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)a);
 #elif defined(__AVX2__)
-  __m256i x[2], y[2], z[2];
-  std::memcpy(x, &w, 64);
-  std::memcpy(y, &a, 64);
-  std::memcpy(z, &acc, 64);
-  for (int i = 0; i < 2; ++i) {
-    if (SMALL) {
-      z[i] = _mm256_add_epi32(z[i], _mm256_madd_epi16(_mm256_maddubs_epi16(x[i], y[i]), _mm256_set1_epi16(1)));
-    } else {
-      const __m256i low = _mm256_set1_epi16(0xff);
-      __m256i we = _mm256_and_si256(x[i], low), wo = _mm256_srli_epi16(x[i], 8);
-      __m256i ae = _mm256_srai_epi16(_mm256_slli_epi16(y[i], 8), 8), ao = _mm256_srai_epi16(y[i], 8);
-      z[i] = _mm256_add_epi32(z[i], _mm256_add_epi32(_mm256_madd_epi16(we, ae), _mm256_madd_epi16(wo, ao)));
-    }
-  }
-  return load<I16>(z);
+  return {dot4<SMALL>(acc.low, w.low, a.low), dot4<SMALL>(acc.high, w.high, a.high)};
 #elif defined(__ARM_FEATURE_DOTPROD)
   uint8x16_t x[4];
   int8x16_t y[4];
@@ -201,7 +196,7 @@ LB_INLINE I16 dot4(I16 acc, B64 w, I16 a) {
   I16 r = acc;
   for (int i = 0; i < 4; ++i) {
     I16 wi = bits<I16>((uw >> (8 * i)) & 0xffu);
-    I16 ai = (I16)(bits<U16>(a) << (24 - 8 * i)) >> 24;
+    I16 ai = bits<I16>(bits<U16>(a) << (24 - 8 * i)) >> 24;
     r += wi * ai;
   }
   return r;
@@ -213,9 +208,8 @@ LB_INLINE I16 widen_s8(const void* p) {
 #if defined(__AVX512F__)
   return (I16)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i*)p));
 #elif defined(__AVX2__)
-  __m256i r[2] = {_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)),
-                  _mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)((const char*)p + 8)))};
-  return load<I16>(r);
+  return {(I16Half)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)p)),
+          (I16Half)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i*)((const char*)p + 8)))};
 #else
   return __builtin_convertvector(load<S16>(p), I16);
 #endif
@@ -223,42 +217,59 @@ LB_INLINE I16 widen_s8(const void* p) {
 LB_INLINE I16 widen_u8(const void* p) {
 #if defined(__AVX512F__)
   return (I16)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)p));
+#elif defined(__AVX2__)
+  return {(I16Half)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)p)),
+          (I16Half)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i*)((const char*)p + 8)))};
 #else
   return widen_s8(p) & 0xff;
 #endif
 }
-LB_INLINE void store_s8(void* p, I16 v) {  // values in [-128, 255]: the low bytes
+#if defined(__AVX2__) && !defined(__AVX512F__)
+// The low 16 bits of 16 lanes. Packing works within 128 bits and saturates: hence the mask, and the order after it.
+LB_INLINE __m256i low_words(const I16& v) {
+  const __m256i mask = _mm256_set1_epi32(0xffff);
+  const __m256i packed = _mm256_packus_epi32(_mm256_and_si256((__m256i)v.low, mask), _mm256_and_si256((__m256i)v.high, mask));
+  return _mm256_permute4x64_epi64(packed, 0xd8);
+}
+#endif
+LB_INLINE B16 low_bytes(const I16& v) {
 #if defined(__AVX512F__)
-  _mm_storeu_si128((__m128i*)p, _mm512_cvtepi32_epi8((__m512i)v));
+  return (B16)_mm512_cvtepi32_epi8((__m512i)v);
+#elif defined(__AVX2__)
+  const __m256i words = _mm256_and_si256(low_words(v), _mm256_set1_epi16(0xff));
+  return (B16)_mm_packus_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
 #else
-  store(p, __builtin_convertvector(v, S16));
+  return __builtin_convertvector(v, B16);
 #endif
 }
+LB_INLINE void store_s8(void* p, const I16& v) { store(p, low_bytes(v)); }  // values in [-128, 255]
 LB_INLINE U16 widen_u16(H16 h) {
 #if defined(__AVX512F__)
   return (U16)_mm512_cvtepu16_epi32((__m256i)h);
+#elif defined(__AVX2__)
+  return {(U16Half)_mm256_cvtepu16_epi32(_mm256_castsi256_si128((__m256i)h)),
+          (U16Half)_mm256_cvtepu16_epi32(_mm256_extracti128_si256((__m256i)h, 1))};
 #else
   return __builtin_convertvector(h, U16);
 #endif
 }
-LB_INLINE H16 narrow_u16(U16 v) {
+LB_INLINE H16 narrow_u16(const U16& v) {
 #if defined(__AVX512F__)
   return (H16)_mm512_cvtepi32_epi16((__m512i)v);
+#elif defined(__AVX2__)
+  return (H16)low_words(bits<I16>(v));
 #else
   return __builtin_convertvector(v, H16);
 #endif
 }
 
 // 16 lookups in a 16-byte table per 128-bit lane: out[i] = table[i / 16][idx[i]], idx < 16.
-LB_INLINE B64 lookup16(B64 table, B64 idx) {
+LB_INLINE B64 lookup16(const B64& table, const B64& idx) {
 #if defined(__AVX512BW__)
   return (B64)_mm512_shuffle_epi8((__m512i)table, (__m512i)idx);
 #elif defined(__AVX2__)
-  __m256i t[2], x[2];
-  std::memcpy(t, &table, 64);
-  std::memcpy(x, &idx, 64);
-  for (int i = 0; i < 2; ++i) x[i] = _mm256_shuffle_epi8(t[i], x[i]);
-  return load<B64>(x);
+  return {(B64Half)_mm256_shuffle_epi8((__m256i)table.low, (__m256i)idx.low),
+          (B64Half)_mm256_shuffle_epi8((__m256i)table.high, (__m256i)idx.high)};
 #elif defined(__ARM_NEON)
   uint8x16_t t[4], x[4];
   std::memcpy(t, &table, 64);
@@ -279,24 +290,21 @@ LB_INLINE F16 load_bf16(const void* p) {
 LB_INLINE H16 to_bf16(F16 v) {  // round half to even; a NaN stays a NaN
   U16 u = bits<U16>(v);
   U16 r = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-  U16 nan = (u & 0x7fffffffu) > 0x7f800000u ? U16{} + 0x7fc0u : r;
-  return narrow_u16(nan);
+  return narrow_u16(select((u & 0x7fffffffu) > 0x7f800000u, U16{} + 0x7fc0u, r));
 }
 LB_INLINE F16 half_to_float(H16 h) {
 #if defined(__AVX512F__)
   return (F16)_mm512_cvtph_ps((__m256i)h);
-#elif defined(__F16C__)
-  __m128i x[2];
-  std::memcpy(x, &h, 32);
-  __m256 r[2] = {_mm256_cvtph_ps(x[0]), _mm256_cvtph_ps(x[1])};
-  return load<F16>(r);
+#elif defined(__AVX2__)
+  return {(F16Half)_mm256_cvtph_ps(_mm256_castsi256_si128((__m256i)h)),
+          (F16Half)_mm256_cvtph_ps(_mm256_extracti128_si256((__m256i)h, 1))};
 #else
   // Shift into a float's place, multiply by 2^112: right for zeros, subnormals and normals; then mend inf and NaN.
   U16 u = __builtin_convertvector(h, U16);
   U16 magnitude = (u & 0x7fffu) << 13;
   F16 f = bits<F16>(magnitude) * 5.192296858534828e33f;
   U16 r = bits<U16>(f);
-  r = (u & 0x7c00u) == 0x7c00u ? (magnitude | 0x7f800000u) : r;
+  r = select((u & 0x7c00u) == 0x7c00u, magnitude | 0x7f800000u, r);
   return bits<F16>(r | ((u & 0x8000u) << 16));
 #endif
 }
@@ -304,11 +312,9 @@ LB_INLINE F16 load_half(const void* p) { return half_to_float(load<H16>(p)); }
 LB_INLINE H16 to_half(F16 v) {
 #if defined(__AVX512F__)
   return (H16)_mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT);
-#elif defined(__F16C__)
-  __m256 x[2];
-  std::memcpy(x, &v, 64);
-  __m128i r[2] = {_mm256_cvtps_ph(x[0], _MM_FROUND_TO_NEAREST_INT), _mm256_cvtps_ph(x[1], _MM_FROUND_TO_NEAREST_INT)};
-  return load<H16>(r);
+#elif defined(__AVX2__)
+  return (H16)_mm256_set_m128i(_mm256_cvtps_ph((__m256)v.high, _MM_FROUND_TO_NEAREST_INT),
+                               _mm256_cvtps_ph((__m256)v.low, _MM_FROUND_TO_NEAREST_INT));
 #else
   H16 out;
   for (int i = 0; i < 16; ++i) {
@@ -364,7 +370,7 @@ LB_INLINE F16 vexp(F16 x) {
   p = fma(p, r * r, r + 1.f);
   F16 scale = bits<F16>((e + splat_i(127)) << 23);
   F16 y = p * scale;
-  return dead < splat(-87.f) ? F16{} : y;
+  return select(dead < splat(-87.f), F16{}, y);
 }
 
 }  // namespace LOWBIT_ISA

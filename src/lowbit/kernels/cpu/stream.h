@@ -66,18 +66,15 @@ struct Small {
   LB_INLINE void add(const uint8_t* p, const int8_t* q, size_t stride, I16 (*s)[kSums]) {
     B64 x[8];
     spread<BITS>(p, x);
-    __m256i w[8][2];
-    std::memcpy(w, x, sizeof w);
     for (int m = 0; m < M; ++m) {
-      __m256i sum[2];
-      std::memcpy(sum, &s[m][0], 64);
-      for (int i = 0; i < 2; ++i) {
-        __m256i pairs = _mm256_setzero_si256();
-        for (int j = 0; j < 8; ++j)  // at most 8 x 2 x 7 x 127 = 14224
-          pairs = _mm256_add_epi16(pairs, _mm256_maddubs_epi16(w[j][i], _mm256_set1_epi32(load_i32(q + m * stride + 4 * j))));
-        sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+      __m256i low = _mm256_setzero_si256(), high = low;
+      for (int j = 0; j < 8; ++j) {  // at most 8 x 2 x 7 x 127 = 14224
+        const __m256i a = _mm256_set1_epi32(load_i32(q + m * stride + 4 * j));
+        low = _mm256_add_epi16(low, _mm256_maddubs_epi16((__m256i)x[j].low, a));
+        high = _mm256_add_epi16(high, _mm256_maddubs_epi16((__m256i)x[j].high, a));
       }
-      s[m][0] = load<I16>(sum);
+      const __m256i ones = _mm256_set1_epi16(1);
+      s[m][0] += I16{(I16Half)_mm256_madd_epi16(low, ones), (I16Half)_mm256_madd_epi16(high, ones)};
     }
   }
   LB_INLINE I16 close(const I16* s) { return s[0]; }
