@@ -86,7 +86,7 @@ LB_INLINE float reduce_max(F16 v) { return _mm512_reduce_max_ps((__m512)v); }
 LB_INLINE float reduce_add(F16 v) { return _mm512_reduce_add_ps((__m512)v); }
 LB_INLINE int32_t reduce_add_i(I16 v) { return _mm512_reduce_add_epi32((__m512i)v); }
 #else
-LB_INLINE float reduce_max(const F16& lanes) {
+LB_INLINE float reduce_max(F16 lanes) {
   float v[16];
   store(v, lanes);
   float m = v[0];
@@ -94,31 +94,31 @@ LB_INLINE float reduce_max(const F16& lanes) {
   return m;
 }
 // The same tree on every narrower machine.
-LB_INLINE float reduce_add(const F16& lanes) {
+LB_INLINE float reduce_add(F16 lanes) {
   float v[16];
   store(v, lanes);
   for (int h = 8; h >= 1; h /= 2)
     for (int i = 0; i < h; ++i) v[i] += v[i + h];
   return v[0];
 }
-LB_INLINE int32_t reduce_add_i(const I16& lanes) {
+LB_INLINE int32_t reduce_add_i(I16 lanes) {
   int32_t v[16], s = 0;
   store(v, lanes);
   for (int i = 0; i < 16; ++i) s += v[i];
   return s;
 }
 #if defined(__AVX2__)
-LB_INLINE F16 vmax(const F16& a, const F16& b) {
+LB_INLINE F16 vmax(F16 a, F16 b) {
   return {(F16Half)_mm256_max_ps((__m256)a.low, (__m256)b.low), (F16Half)_mm256_max_ps((__m256)a.high, (__m256)b.high)};
 }
-LB_INLINE F16 vmin(const F16& a, const F16& b) {
+LB_INLINE F16 vmin(F16 a, F16 b) {
   return {(F16Half)_mm256_min_ps((__m256)a.low, (__m256)b.low), (F16Half)_mm256_min_ps((__m256)a.high, (__m256)b.high)};
 }
-LB_INLINE F16 fma(const F16& a, const F16& b, const F16& c) {
+LB_INLINE F16 fma(F16 a, F16 b, F16 c) {
   return {(F16Half)_mm256_fmadd_ps((__m256)a.low, (__m256)b.low, (__m256)c.low),
           (F16Half)_mm256_fmadd_ps((__m256)a.high, (__m256)b.high, (__m256)c.high)};
 }
-LB_INLINE I16 to_int(const F16& v) {
+LB_INLINE I16 to_int(F16 v) {
   return {(I16Half)_mm256_cvtps_epi32((__m256)v.low), (I16Half)_mm256_cvtps_epi32((__m256)v.high)};
 }
 #else
@@ -165,7 +165,7 @@ LB_INLINE I16Half dot4(I16Half acc, B64Half w, I16Half a) {
 }
 #endif
 template <bool SMALL>
-LB_INLINE I16 dot4(const I16& acc, const B64& w, const I16& a) {
+LB_INLINE I16 dot4(I16 acc, B64 w, I16 a) {
 #if defined(__AVX512VNNI__)
   return (I16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)w, (__m512i)a);
 #elif defined(__AVX2__)
@@ -226,13 +226,13 @@ LB_INLINE I16 widen_u8(const void* p) {
 }
 #if defined(__AVX2__) && !defined(__AVX512F__)
 // The low 16 bits of 16 lanes. Packing works within 128 bits and saturates: hence the mask, and the order after it.
-LB_INLINE __m256i low_words(const I16& v) {
+LB_INLINE __m256i low_words(I16 v) {
   const __m256i mask = _mm256_set1_epi32(0xffff);
   const __m256i packed = _mm256_packus_epi32(_mm256_and_si256((__m256i)v.low, mask), _mm256_and_si256((__m256i)v.high, mask));
   return _mm256_permute4x64_epi64(packed, 0xd8);
 }
 #endif
-LB_INLINE B16 low_bytes(const I16& v) {
+LB_INLINE B16 low_bytes(I16 v) {
 #if defined(__AVX512F__)
   return (B16)_mm512_cvtepi32_epi8((__m512i)v);
 #elif defined(__AVX2__)
@@ -242,7 +242,7 @@ LB_INLINE B16 low_bytes(const I16& v) {
   return __builtin_convertvector(v, B16);
 #endif
 }
-LB_INLINE void store_s8(void* p, const I16& v) { store(p, low_bytes(v)); }  // values in [-128, 255]
+LB_INLINE void store_s8(void* p, I16 v) { store(p, low_bytes(v)); }  // values in [-128, 255]
 LB_INLINE U16 widen_u16(H16 h) {
 #if defined(__AVX512F__)
   return (U16)_mm512_cvtepu16_epi32((__m256i)h);
@@ -253,7 +253,7 @@ LB_INLINE U16 widen_u16(H16 h) {
   return __builtin_convertvector(h, U16);
 #endif
 }
-LB_INLINE H16 narrow_u16(const U16& v) {
+LB_INLINE H16 narrow_u16(U16 v) {
 #if defined(__AVX512F__)
   return (H16)_mm512_cvtepi32_epi16((__m512i)v);
 #elif defined(__AVX2__)
@@ -264,7 +264,7 @@ LB_INLINE H16 narrow_u16(const U16& v) {
 }
 
 // 16 lookups in a 16-byte table per 128-bit lane: out[i] = table[i / 16][idx[i]], idx < 16.
-LB_INLINE B64 lookup16(const B64& table, const B64& idx) {
+LB_INLINE B64 lookup16(B64 table, B64 idx) {
 #if defined(__AVX512BW__)
   return (B64)_mm512_shuffle_epi8((__m512i)table, (__m512i)idx);
 #elif defined(__AVX2__)

@@ -72,7 +72,7 @@ LB_INLINE V load(const void* p) {
   }
 }
 template <class V>
-LB_INLINE void store(void* p, const V& v) {
+LB_INLINE void store(void* p, V v) {
   if constexpr (kHalves<V>) {
     store(p, v.low);
     store((char*)p + sizeof(V) / 2, v.high);
@@ -82,7 +82,7 @@ LB_INLINE void store(void* p, const V& v) {
 }
 // The same bytes as another type.
 template <class To, class From>
-LB_INLINE To bits(const From& v) {
+LB_INLINE To bits(From v) {
   static_assert(sizeof(To) == sizeof(From), "bits() keeps the size");
   if constexpr (kHalves<To> && kHalves<From>) {
     return {bits<decltype(To::low)>(v.low), bits<decltype(To::low)>(v.high)};
@@ -94,7 +94,7 @@ LB_INLINE To bits(const From& v) {
 }
 // a where the mask's lane is set, else b.
 template <class M, class V>
-LB_INLINE V select(const M& mask, const V& a, const V& b) {
+LB_INLINE V select(M mask, V a, V b) {
   if constexpr (kHalves<V>) {
     return {select(mask.low, a.low, b.low), select(mask.high, a.high, b.high)};
   } else {
@@ -103,7 +103,7 @@ LB_INLINE V select(const M& mask, const V& a, const V& b) {
 }
 // Lane by lane the same number, as another type of the same number of lanes.
 template <class To, class From>
-LB_INLINE To convert(const From& v) {
+LB_INLINE To convert(From v) {
   if constexpr (kHalves<To> && kHalves<From>) {
     return {convert<decltype(To::low)>(v.low), convert<decltype(To::low)>(v.high)};
   } else {
