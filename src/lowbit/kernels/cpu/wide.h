@@ -1,7 +1,7 @@
 // A vector that is wider than the machine's registers, as two halves.
 //
 // GCC keeps a 64-byte vector extension in memory where registers have 32 bytes, and moves it there through general
-// registers: with AVX2, products took two to three times as long that way. Two halves stay in registers. Lane by
+// registers: with AVX2, products took two to nine times as long that way. Two halves stay in registers. Lane by
 // lane they compute what one vector does.
 #pragma once
 
