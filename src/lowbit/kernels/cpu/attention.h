@@ -309,12 +309,8 @@ LB_INLINE DigitQuery split_query(const float* q, int dim, int8_t* high, int8_t* 
   I16 sh = {}, sl = {};
   for (int i = 0; i < dim; i += 16) {
     F16 v = load_to(q, i, dim) * mul;
-    I16 h = to_int(v);
-    h = select(h > 127, splat_i(127), h);
-    h = select(h < -127, splat_i(-127), h);
-    I16 l = to_int((v - to_float(h)) * 254.f);  // the rest, in [-0.5, 0.5], in steps of 1/254
-    l = select(l > 127, splat_i(127), l);
-    l = select(l < -127, splat_i(-127), l);
+    const I16 h = within_127(to_int(v));
+    const I16 l = within_127(to_int((v - to_float(h)) * 254.f));  // the rest, in [-0.5, 0.5], in steps of 1/254
     store_s8(high + i, h);
     store_s8(low + i, l);
     sh += h;

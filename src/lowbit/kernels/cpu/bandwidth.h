@@ -43,14 +43,14 @@ uint64_t ops_int8(size_t iterations) {
   I16 a = splat_i(0x02010201);
 #if defined(__AVX512F__)
 #define LB_STEP(x) x = dot4<true>(x, w, a); __asm__("" : "+v"(x))
-#elif defined(__AVX2__)
+#elif defined(LB_HALVES)
 #define LB_STEP(x) x = dot4<true>(x, w, a); __asm__("" : "+x"(x.low), "+x"(x.high), "+x"(w.low), "+x"(w.high))
 #else
 #define LB_STEP(x) x = dot4<true>(x, w, a); __asm__("" : "+m"(x))
 #endif
   for (size_t i = 0; i < iterations; ++i) {
     LB_STEP(a0); LB_STEP(a1); LB_STEP(a2); LB_STEP(a3);
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(LB_HALVES)
     LB_STEP(a0); LB_STEP(a1); LB_STEP(a2); LB_STEP(a3); LB_STEP(a0); LB_STEP(a1); LB_STEP(a2); LB_STEP(a3);
 #else
     LB_STEP(a4); LB_STEP(a5); LB_STEP(a6); LB_STEP(a7); LB_STEP(a8); LB_STEP(a9); LB_STEP(a10); LB_STEP(a11);

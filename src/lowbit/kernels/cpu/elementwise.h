@@ -16,6 +16,12 @@ LB_INLINE F16 load_some(const float* p, int n) {  // n < 16: zeros behind
 LB_INLINE F16 load_to(const float* p, int i, int n) { return n - i >= 16 ? load<F16>(p + i) : load_some(p + i, n - i); }
 LB_INLINE F16 vabs(F16 v) { return bits<F16>(bits<U16>(v) & 0x7fffffffu); }
 
+// A NaN, which was converted to the lowest integer, becomes -127.
+LB_INLINE I16 within_127(I16 c) {
+  c = select(c > 127, splat_i(127), c);
+  return select(c < -127, splat_i(-127), c);
+}
+
 // q = round(y * 127 / max|y|), scale = max|y| / 127. A group whose maximum is below 1e-30 is stored as zeros: the
 // reciprocal would not be finite. Returns the scale.
 LB_INLINE float reciprocal_scale(float top, float* scale) {
@@ -77,8 +83,7 @@ void norm_quant(const float* x, const float* weight, float eps, int n, int strid
     I16 total = {};
     for (int i = k; i < k + fold; i += 16) {
       I16 c = i < n ? to_int(value(i) * group_mul) : I16{};
-      c = select(c > 127, splat_i(127), c);
-      c = select(c < -127, splat_i(-127), c);  // a NaN lands here too
+      c = within_127(c);
       total += c;
       store_s8(q + i, c);
     }

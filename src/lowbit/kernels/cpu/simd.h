@@ -26,6 +26,7 @@ namespace lowbit {
 namespace LOWBIT_ISA {
 
 #if defined(__AVX2__) && !defined(__AVX512F__)
+#define LB_HALVES  // a vector is two registers
 #define LB_TWO(name, element)                                \
   typedef element name##Half __attribute__((vector_size(32))); \
   typedef Two<name##Half, element> name
@@ -61,12 +62,16 @@ constexpr bool kWideDot = false;
 #endif
 
 // Not F16{} + x: 0 + x is an addition (it turns -0 into 0), and it hides the broadcast from the compiler.
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(LB_HALVES)
 LB_INLINE F16 splat(float x) { return {(F16Half)_mm256_set1_ps(x), (F16Half)_mm256_set1_ps(x)}; }
 LB_INLINE I16 splat_i(int32_t x) { return {(I16Half)_mm256_set1_epi32(x), (I16Half)_mm256_set1_epi32(x)}; }
+LB_INLINE F16 to_float(I16 v) {
+  return {(F16Half)_mm256_cvtepi32_ps((__m256i)v.low), (F16Half)_mm256_cvtepi32_ps((__m256i)v.high)};
+}
 #else
 LB_INLINE F16 splat(float x) { return F16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 LB_INLINE I16 splat_i(int32_t x) { return I16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
+LB_INLINE F16 to_float(I16 v) { return __builtin_convertvector(v, F16); }
 #endif
 LB_INLINE void prefetch_write(const void* p) { __builtin_prefetch(p, 1, 3); }
 LB_INLINE B64 splat_b(uint8_t x) { return B64{} + x; }
@@ -75,7 +80,6 @@ LB_INLINE int32_t load_i32(const void* p) {
   std::memcpy(&v, p, 4);
   return v;
 }
-LB_INLINE F16 to_float(I16 v) { return convert<F16>(v); }
 
 #if defined(__AVX512F__)
 LB_INLINE F16 fma(F16 a, F16 b, F16 c) { return (F16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
@@ -154,7 +158,7 @@ LB_INLINE I16 to_int(F16 v) {
 
 // acc[lane] += sum over i < 4 of w[4 lane + i] (unsigned) * a[4 lane + i] (signed).
 // SMALL promises w <= 127, which spares the narrower machines a detour around saturation.
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(LB_HALVES)
 template <bool SMALL>
 LB_INLINE I16Half dot4(I16Half acc, B64Half w, I16Half a) {
   const __m256i x = (__m256i)w, y = (__m256i)a;
@@ -224,7 +228,7 @@ LB_INLINE I16 widen_u8(const void* p) {
   return widen_s8(p) & 0xff;
 #endif
 }
-#if defined(__AVX2__) && !defined(__AVX512F__)
+#if defined(LB_HALVES)
 // The low 16 bits of 16 lanes. Packing works within 128 bits and saturates: hence the mask, and the order after it.
 LB_INLINE __m256i low_words(I16 v) {
   const __m256i mask = _mm256_set1_epi32(0xffff);

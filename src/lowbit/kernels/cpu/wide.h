@@ -101,15 +101,6 @@ LB_INLINE V select(M mask, V a, V b) {
     return mask ? a : b;
   }
 }
-// Lane by lane the same number, as another type of the same number of lanes.
-template <class To, class From>
-LB_INLINE To convert(From v) {
-  if constexpr (kHalves<To> && kHalves<From>) {
-    return {convert<decltype(To::low)>(v.low), convert<decltype(To::low)>(v.high)};
-  } else {
-    return __builtin_convertvector(v, To);
-  }
-}
 
 }  // namespace LOWBIT_ISA
 }  // namespace lowbit
