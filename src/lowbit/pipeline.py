@@ -86,7 +86,19 @@ def quantize(
         memory = estimate_memory(net, blocks, recipe, checkpoint.dtype, torch.get_num_threads(), processes)
     frugal = choose_frugal(memory, max_memory)
     check_disk(plan, output, resume=resume, spilled=memory.spilled if frugal else 0)
-    predicted = forecast(net, blocks, plan, recipe, memory, frugal=frugal, small_too=dry_run, workers=processes)
+    predicted = forecast(
+        net,
+        source,
+        blocks,
+        plan,
+        recipe,
+        memory,
+        calibration,
+        frugal=frugal,
+        small_too=dry_run,
+        workers=processes,
+        spent=time.perf_counter() - start,
+    )
     if dry_run:
         return {"output": str(output), "scheme": recipe.scheme, "method": recipe.method, "predicted": predicted}
     checkpoint.check_finite()
