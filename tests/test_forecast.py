@@ -39,14 +39,16 @@ def test_widths_to_try() -> None:
 
 
 def test_workers_share_rows_but_not_what_is_done_once() -> None:
-    def seconds(workers: int, rows: int = 4 * ROWS) -> float:
-        return Rounding({256: 1.0}, {256: 1e-3}, {256: 0.0}, 0.25, workers).seconds(rows, 256, 3)
+    def seconds(workers: int, rows: int = 4 * ROWS, width: int = 1024) -> float:
+        values = {1024: 1.0}, {1024: 1e-3}, {1024: 0.0}
+        return Rounding(*values, 0.25, workers).seconds(rows, width, 3)
 
     assert seconds(1) == pytest.approx(1 + 4 * ROWS * 1e-3)
     assert seconds(2) == pytest.approx(1.25 + 2 * ROWS * 1e-3)
     assert seconds(3) == pytest.approx(1.25 + 2 * ROWS * 1e-3)  # two rounds all the same
     assert seconds(8) == pytest.approx(1.25 + ROWS * 1e-3)
     assert seconds(8, rows=ROWS) == pytest.approx(1 + ROWS * 1e-3)  # one piece is for nobody else
+    assert seconds(8, rows=2 * ROWS - 1) == pytest.approx(1 + (2 * ROWS - 1) * 1e-3)  # nor are small ones
 
 
 def test_activations_on_disk_repeat_what_lies_between_wide_linears() -> None:

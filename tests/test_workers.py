@@ -23,10 +23,19 @@ from lowbit.workers import WorkerError, side_by_side, using
 WORDS: dict[str, Any] = {"scheme": "w4a16-g32", "samples": 16, "seq_len": 32}
 
 
+GPTQ = importlib.import_module("lowbit.algorithms.gptq")  # the package has a function of that name
+
+
+def cut_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small matrices are cut into several pieces, and given to workers."""
+    monkeypatch.setattr(tensor, "ROWS", 16)
+    monkeypatch.setattr(GPTQ, "WORTH_FORKING", 0)
+
+
 @pytest.fixture
 def quantize(tiny: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., dict[str, Any]]:
     """quantize(OUT, ...): the tiny model, its matrices cut into several pieces."""
-    monkeypatch.setattr(tensor, "ROWS", 16)
+    cut_small(monkeypatch)
     return lambda output, **words: lowbit.quantize(tiny, output, **(WORDS | {"calibration": str(text_file)} | words))
 
 
@@ -98,6 +107,11 @@ def test_numbers_of_workers_that_are_refused(quantize: Any, tmp_path: Path, monk
     assert not list(tmp_path.iterdir())
 
 
+def test_small_pieces_stay_at_home() -> None:
+    with using(2):
+        assert side_by_side([os.getpid, os.getpid], worth_it=False) == [os.getpid()] * 2
+
+
 # --- a whole quantization
 
 
@@ -121,8 +135,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_workers(quantize: Any, tmp_pat
 
 def in_a_worker(monkeypatch: pytest.MonkeyPatch, at: int, do: Callable[[], Any]) -> None:
     """In worker processes, from the at-th refinement of the whole run on (shared memory counts), `do` instead."""
-    gptq = importlib.import_module("lowbit.algorithms.gptq")  # the package has a function of that name
-    parent, original, count = os.getpid(), gptq.refine, torch.zeros(1, dtype=torch.int64).share_memory_()
+    parent, original, count = os.getpid(), GPTQ.refine, torch.zeros(1, dtype=torch.int64).share_memory_()
 
     def refine(*args: Any) -> Any:
         count.add_(1)
@@ -130,7 +143,7 @@ def in_a_worker(monkeypatch: pytest.MonkeyPatch, at: int, do: Callable[[], Any])
             do()
         return original(*args)
 
-    monkeypatch.setattr(gptq, "refine", refine)
+    monkeypatch.setattr(GPTQ, "refine", refine)
 
 
 def test_a_killed_worker_leaves_no_output_and_the_run_is_resumed(
@@ -207,7 +220,7 @@ def those_inside(directory: Path, count: int) -> list[psutil.Process]:
 def test_the_command_ends_with_its_workers(
     tiny: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sent: signal.Signals, status: int
 ) -> None:
-    monkeypatch.setattr(tensor, "ROWS", 16)
+    cut_small(monkeypatch)
     in_a_worker(monkeypatch, 1, lambda: inside(tmp_path))
     words = ["quantize", str(tiny), "-o", str(tmp_path / "out"), "--scheme", "w4a16-g32", "--samples", "16"]
     pid = command([*words, "--seq-len", "32", "--calibration", str(text_file), "--workers", "2", "--quiet"])

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from lowbit.algorithms import METHODS
 from lowbit.algorithms.compose import parse_method, settings_of
+from lowbit.algorithms.gptq import WORTH_FORKING
 from lowbit.algorithms.rtn import rtn
 from lowbit.losses import Statistics, Units, output_loss
 from lowbit.model.load import Source, compute_buffers, compute_dtype, materialize, release
@@ -99,7 +100,7 @@ class Rounding:
     def seconds(self, rows: int, width: int, losses: int) -> float:
         """Of a matrix of `rows`, and of computing `losses` errors of it."""
         piece = rows_at_once(width)
-        if rows > piece and self.workers > 1:
+        if rows > piece and rows * width >= WORTH_FORKING and self.workers > 1:
             in_turn, forking = piece * math.ceil(rows / piece / self.workers), self.forking
         else:
             in_turn, forking = rows, 0.0

@@ -102,9 +102,12 @@ def _threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def side_by_side(pieces: Sequence[Callable[[], T]]) -> list[T]:
-    """The pieces' results, in order. Raises what the first failing piece raised, or WorkerError if a worker died."""
-    workers = min(_setting["workers"], len(pieces))
+def side_by_side(pieces: Sequence[Callable[[], T]], *, worth_it: bool = True) -> list[T]:
+    """The pieces' results, in order; one after the other in this process where it is not worth starting others.
+
+    Raises what the first failing piece raised, or WorkerError if a worker died.
+    """
+    workers = min(_setting["workers"], len(pieces)) if worth_it else 1
     if workers <= 1:
         with _alone():
             return [piece() for piece in pieces]

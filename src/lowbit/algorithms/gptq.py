@@ -34,6 +34,7 @@ from lowbit.workers import every_thread, side_by_side
 
 _STRIP = 1024  # rows of a triangle that are inverted at once
 _SWAPPED = 1 << 20  # numbers
+WORTH_FORKING = 1 << 21  # weights: with fewer, starting processes takes longer than half the work
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,13 @@ def gptq(
     parked = Parked(H)  # H and U need not be in memory together
     try:
         U, used = _factor(parked.permuted, order, parked.diagonal, settings.dampening_frac)
-        results = side_by_side([partial(first, piece, U, parked.diagonal) for piece in pieces])
+        large = weight.numel() >= WORTH_FORKING
+        results = side_by_side([partial(first, piece, U, parked.diagonal) for piece in pieces], worth_it=large)
         del U
     finally:
         parked.back()
     if settings.sweeps:
-        results = side_by_side([partial(better, *pair) for pair in zip(pieces, results, strict=True)])
+        results = side_by_side([partial(better, *pair) for pair in zip(pieces, results, strict=True)], worth_it=large)
     return replace(join_rows(results), tensor_scale=tensor_scale), used
 
 
