@@ -160,6 +160,8 @@ class Job:
                 if not wanted:
                     continue
                 width = linears(block)[wanted[0]].in_features
+                if frugal:
+                    _drop(block, wanted)
                 statistics = Statistics.collect(walk, k, width)
                 correction = None
                 if original is not None and statistics.train.rows and self._settings().follow_original:
@@ -215,7 +217,7 @@ class Job:
         dtype = self.source.checkpoint.dtype
         by_local = {}
         wide = statistics is not None and statistics.train.width >= WIDE
-        with disk_errors(self.work.path), aside(p.data for p in block.parameters() if wide):
+        with disk_errors(self.work.path), aside(p.data for p in block.parameters() if wide and not p.is_meta):
             results = round_linears(weights, scheme, statistics, self.recipe, dtype, goals, units)
             for n in same:
                 full = f"{name}.{n}"
@@ -370,6 +372,13 @@ def _put(block: nn.Module, local: str, quantized: QuantizedTensor) -> None:
     """Let a linear of the block compute with what its weight has become."""
     linear = linears(block)[local]
     linear.weight = nn.Parameter(quantized.dequantize(linear.weight.dtype), requires_grad=False)
+
+
+def _drop(block: nn.Module, names: Iterable[str]) -> None:
+    """Let go of weights that are rounded next: no batch passes them before, and they are read from the file for it."""
+    for name in names:
+        linear = linears(block)[name]
+        linear.weight = nn.Parameter(linear.weight.to("meta"), requires_grad=False)
 
 
 def _dynamic(schemes: Mapping[str, Scheme]) -> dict[str, InputGrid]:

@@ -111,7 +111,7 @@ def output_loss(
     every, held_out, start = 0.0, 0.0, 0
     for piece, rounded in zip(pieces, values, strict=True):
         end = start + len(piece)
-        error = piece.float() if rounded is None else piece.float() - rounded.dequantize()
+        error = piece.float() if rounded is None else rounded.dequantize().sub_(piece)  # of either sign, in one copy
         loss, apart = statistics.loss(unit.of_rows(start, end).scaled(error))
         every += loss * len(piece)
         held_out += (apart or 0.0) * len(piece)

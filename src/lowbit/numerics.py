@@ -170,9 +170,15 @@ def dequantize(
     """The float32 values (out, in) that the codes stand for: the inverse of `quantize` on grid values."""
     if scheme.kind == "e8p":
         return lattice.decode(codes, scheme.bits).reshape(len(codes), -1) * scale.float()
-    zero = None if zero_point is None else _spread(zero_point).float()
     table = fixed_table(scheme) if table is None else table
-    return grid_value(_tiles(codes.float(), scheme), _spread(scale.float()), zero, table).reshape(codes.shape)
+    if table is not None:
+        return grid_value(_tiles(codes.float(), scheme), _spread(scale.float()), None, table).reshape(codes.shape)
+    values = torch.empty(codes.shape).copy_(codes)  # and no further copy: a whole layer comes here
+    tiles = _tiles(values, scheme)
+    if zero_point is not None:
+        tiles -= _spread(zero_point).float()
+    tiles *= _spread(scale.float())
+    return values
 
 
 def qparams_from_range(

@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowbit.errors import InputError
 from lowbit.numerics import scale_shape
@@ -54,10 +54,23 @@ def pack_bits(codes: Tensor, bits: int) -> Tensor:
 
 
 def _pack_rows(codes: Tensor, bits: int) -> Tensor:
-    unsigned = (codes.to(torch.int16) + 2 ** (bits - 1)).to(torch.uint8).numpy()
-    fields = np.unpackbits(unsigned[..., None], axis=-1, bitorder="little")[..., :bits].reshape(len(unsigned), -1)
+    unsigned = codes.view(torch.uint8) + 2 ** (bits - 1)  # modulo 256
+    if 8 % bits == 0:
+        return _pack_bytes(unsigned, bits)
+    stream = np.unpackbits(unsigned.numpy()[..., None], axis=-1, bitorder="little")
+    fields = stream[..., :bits].reshape(len(unsigned), -1)
     fields = np.pad(fields, ((0, 0), (0, -fields.shape[1] % 32)))
     return torch.from_numpy(np.packbits(fields, axis=1, bitorder="little").view("<i4").copy())
+
+
+def _pack_bytes(unsigned: Tensor, bits: int) -> Tensor:
+    """The same where a byte holds whole codes: one shift for each of them."""
+    whole = nn.functional.pad(unsigned, (0, -unsigned.shape[1] % (32 // bits)))
+    fields = whole.reshape(len(whole), -1, 8 // bits)
+    packed = fields[..., 0].clone()
+    for i in range(1, 8 // bits):
+        packed |= fields[..., i] << (i * bits)
+    return packed.view(torch.int32)
 
 
 def unpack_bits(packed: Tensor, bits: int, n: int) -> Tensor:
