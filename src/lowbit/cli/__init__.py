@@ -8,7 +8,7 @@ from typing import NoReturn
 
 import typer
 
-from lowbit.cli import chat, export, measure, quantize, tune
+from lowbit.cli import chat, export, measure, quantize, serve, tune
 from lowbit.cli import inspect as inspection
 from lowbit.errors import LowbitError
 
@@ -28,6 +28,7 @@ for command in (
     measure.bench,
     tune.tune,
     chat.chat,
+    serve.serve,
     export.export,
     inspection.inspect,
     inspection.verify,

@@ -1,0 +1,273 @@
+"""The routes: OpenAI's /v1, /health, and the what-if page of a `tune` report with what its readers chose.
+
+Nobody but this machine's programs reaches it by default. A request's Host must be one that the server was started for,
+so a page on the internet cannot have a browser ask for it; with an API key every route but /health wants the key, as
+`Bearer`, or as the password where a browser asks for one.
+"""
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import hmac
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from lowbit.errors import InputError, LowbitError
+from lowbit.serving.protocol import (
+    Answering,
+    ApiError,
+    ChatRequest,
+    TextRequest,
+    checked,
+    event,
+    parse,
+)
+from lowbit.serving.selections import Full, Selections
+from lowbit.serving.worker import Busy, Reply, Worker
+
+MOST_BODY = 8 << 20  # bytes
+MOST_SELECTION = 64 << 10
+_DISCONNECT_SECONDS = 0.2
+
+
+@dataclass(frozen=True)
+class Page:
+    """The report as HTML, its content security policy, and where selections are kept."""
+
+    html: str
+    policy: str
+    selections: Selections
+
+
+@dataclass(frozen=True)
+class Service:
+    """What the routes serve, and to whom: a request's Host must be one of `hosts`, without port (None: any)."""
+
+    worker: Worker
+    name: str
+    hosts: Sequence[str] | None = None
+    key: str | None = None
+    page: Page | None = None
+
+
+def make_app(service: Service) -> Starlette:
+    routes = [
+        Route("/health", _bind(service, health)),
+        Route("/v1/models", _bind(service, _guarded(models))),
+        Route("/v1/chat/completions", _bind(service, _guarded(chat)), methods=["POST"]),
+        Route("/v1/completions", _bind(service, _guarded(complete)), methods=["POST"]),
+    ]
+    if service.page is not None:
+        routes += [
+            Route("/", _bind(service, _guarded(page))),
+            Route("/selections", _bind(service, _guarded(selections)), methods=["GET", "POST"]),
+        ]
+    return Starlette(
+        routes=routes,
+        exception_handlers={ApiError: _error, 404: _http_error, 405: _http_error, 500: _fault},
+    )
+
+
+Handler = Callable[[Service, Request], Any]
+
+
+def _bind(service: Service, handler: Handler) -> Callable[[Request], Any]:
+    async def endpoint(request: Request) -> Response:
+        if service.hosts is not None and request.url.hostname not in service.hosts:
+            raise ApiError(421, f"this server is not {request.url.hostname!r}.")
+        response: Response = await handler(service, request)
+        return response
+
+    return endpoint
+
+
+def _guarded(handler: Handler) -> Handler:
+    async def checked_first(service: Service, request: Request) -> Response:
+        if service.key is not None and not _has_key(request.headers.get("authorization", ""), service.key):
+            error = ApiError(401, "the API key is missing or wrong.", code="invalid_api_key")
+            return JSONResponse(error.body, 401, {"WWW-Authenticate": 'Basic realm="lowbit", Bearer'})
+        response: Response = await handler(service, request)
+        return response
+
+    return checked_first
+
+
+def _has_key(header: str, key: str) -> bool:
+    kind, _, value = header.partition(" ")
+    if kind.lower() == "basic":
+        try:
+            value = base64.b64decode(value, validate=True).decode().partition(":")[2]
+        except (binascii.Error, UnicodeDecodeError):
+            return False
+    elif kind.lower() != "bearer":
+        return False
+    return hmac.compare_digest(value.strip().encode(), key.encode())
+
+
+def _error(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return JSONResponse(error.body, error.status, {"Retry-After": "1"} if error.status == 503 else None)
+
+
+def _http_error(request: Request, error: Exception) -> Response:
+    status = getattr(error, "status_code", 500)
+    return JSONResponse(ApiError(status, f"{request.method} {request.url.path}: not here.").body, status)
+
+
+def _fault(_request: Request, _error: Exception) -> Response:
+    return JSONResponse(ApiError(500, "an error inside the server; its log says more.", kind="server_error").body, 500)
+
+
+async def _body(request: Request, most: int) -> bytes:
+    """Raises ApiError for one that is too large or no JSON by its type: a form on another site sends other types."""
+    if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
+        raise ApiError(415, "the body must be JSON, with Content-Type: application/json.")
+    parts, size = [], 0
+    try:
+        async for part in request.stream():
+            size += len(part)
+            if size > most:
+                raise ApiError(413, f"the body has more than {most} bytes.")
+            parts.append(part)
+    except ClientDisconnect as error:
+        raise ApiError(499, "the client left.") from error
+    return b"".join(parts)
+
+
+async def health(service: Service, _request: Request) -> Response:
+    failure = service.worker.failure
+    return JSONResponse({"status": "ok" if failure is None else failure}, 200 if failure is None else 503)
+
+
+async def models(service: Service, _request: Request) -> Response:
+    engine = service.worker.engine
+    entry = {"id": service.name, "object": "model", "created": 0, "owned_by": "lowbit",
+             "max_model_len": engine.context_length, "runtime": engine.runtime}  # fmt: skip
+    return JSONResponse({"object": "list", "data": [entry]})
+
+
+async def chat(service: Service, request: Request) -> Response:
+    return await _answer(service, request, parse(ChatRequest, await _body(request, MOST_BODY)))
+
+
+async def complete(service: Service, request: Request) -> Response:
+    return await _answer(service, request, parse(TextRequest, await _body(request, MOST_BODY)))
+
+
+async def _answer(service: Service, request: Request, asked: ChatRequest | TextRequest) -> Response:
+    if asked.model not in (None, service.name):
+        message = f"the model {asked.model!r} is not here; this server has {service.name!r}."
+        raise ApiError(404, message, param="model", code="model_not_found")
+    worker = service.worker
+    tokens, params = await run_in_threadpool(checked, asked, worker.engine.tokenizer)
+    replies: asyncio.Queue[Reply] = asyncio.Queue()
+    loop = asyncio.get_running_loop()
+
+    def deliver(reply: Reply) -> None:
+        with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+            loop.call_soon_threadsafe(replies.put_nowait, reply)
+
+    try:
+        cancel = worker.ask(tokens, params, deliver)
+    except Busy as error:
+        raise ApiError(503, str(error), kind="overloaded_error") from error
+    except LowbitError as error:
+        raise ApiError(503, str(error), kind="server_error") from error
+    is_chat = isinstance(asked, ChatRequest)
+    answering = Answering(is_chat, service.name, len(tokens), worker.engine.tokenizer, worker.end)
+    try:
+        first = await _next(replies, request)
+    except BaseException:
+        cancel()
+        raise
+    if asked.stream:
+        usage = asked.stream_options is not None and asked.stream_options.include_usage
+        pieces = _pieces(answering, first, replies, cancel, usage)
+        return StreamingResponse(pieces, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+    try:
+        reply = first
+        while not _ends(answering, reply):
+            reply = await _next(replies, request)
+    except BaseException:
+        cancel()
+        raise
+    return JSONResponse(answering.whole())
+
+
+async def _next(replies: "asyncio.Queue[Reply]", request: Request) -> Reply:
+    """The next reply that is no error. Raises ApiError, also where the client has left meanwhile."""
+    while True:
+        try:
+            reply = await asyncio.wait_for(replies.get(), _DISCONNECT_SECONDS)
+        except TimeoutError:
+            if await request.is_disconnected():
+                raise ApiError(499, "the client left.") from None
+            continue
+        if reply.error is not None:
+            status, kind = (400, "invalid_request_error") if reply.refused else (500, "server_error")
+            raise ApiError(status, reply.error, kind=kind)
+        if replies.empty() and await request.is_disconnected():
+            raise ApiError(499, "the client left.")
+        return reply
+
+
+def _ends(answering: Answering, reply: Reply) -> bool:
+    assert reply.output is not None
+    answering.add(reply.output, reply.cached_tokens)
+    return reply.output.finish is not None
+
+
+async def _pieces(
+    answering: Answering, reply: Reply, replies: "asyncio.Queue[Reply]", cancel: Callable[[], None], usage: bool
+) -> AsyncIterator[bytes]:
+    """The events of a stream. The generator is closed when the client leaves, and the request with it."""
+    try:
+        if (beginning := answering.first_piece()) is not None:
+            yield event(beginning)
+        while True:
+            if reply.error is not None:
+                yield event(ApiError(500, reply.error, kind="server_error").body)
+                break
+            ended = _ends(answering, reply)
+            assert reply.output is not None
+            if (piece := answering.piece(reply.output)) is not None:
+                yield event(piece)
+            if ended:
+                if usage:
+                    yield event(answering.usage_piece())
+                break
+            reply = await replies.get()
+        yield event("[DONE]")
+    finally:
+        cancel()
+
+
+async def page(service: Service, _request: Request) -> Response:
+    assert service.page is not None
+    return HTMLResponse(
+        service.page.html, headers={"Content-Security-Policy": f"{service.page.policy}; frame-ancestors 'none'"}
+    )
+
+
+async def selections(service: Service, request: Request) -> Response:
+    """GET: all that were kept. POST: keep one."""
+    assert service.page is not None
+    kept = service.page.selections
+    if request.method == "GET":
+        headers = {"Content-Disposition": 'attachment; filename="lowbit-selections.json"'}
+        return JSONResponse({"selections": await run_in_threadpool(kept.all)}, headers=headers)
+    body = await _body(request, MOST_SELECTION)
+    try:
+        return JSONResponse(await run_in_threadpool(kept.add, body), 201)
+    except InputError as error:
+        raise ApiError(400, str(error)) from error
+    except (Full, OSError) as error:
+        raise ApiError(507, f"not kept: {error}", kind="server_error") from error
