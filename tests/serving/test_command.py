@@ -86,6 +86,18 @@ def test_a_model_answers_until_ctrl_c(start: Callable[..., Started], tiny: Path)
         httpx2.get(f"{address}/health")
 
 
+def test_the_documentation_shows_what_is_said(start: Callable[..., Started]) -> None:
+    """The request of docs/serving.md gets the shown answer: the same fields, and the same text where it is greedy."""
+    text = (Path(__file__).parents[2] / "docs/serving.md").read_text()
+    asked = json.loads(text.split("-d '")[1].split("'")[0])
+    shown = json.loads(next(line for line in text.splitlines() if line.startswith('{"id"')))
+    _, address = start("demo")
+    said = httpx2.post(f"{address}/v1/completions", json=asked).json()
+    assert [*said, *said["choices"][0]] == [*shown, *shown["choices"][0]]
+    for key in ("object", "model", "choices", "usage"):
+        assert said[key] == shown[key]
+
+
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -50,6 +50,7 @@ def deploy(document: dict[str, Any], chosen: dict[str, Any] | None) -> dict[str,
         return None
     path, model = str(chosen["path"]), str(document.get("model") or "MODEL")
     return {
-        "serve": shlex.join(["vllm", "serve", path]),
+        "serve": shlex.join(["lowbit", "serve", str(document.get("output") or path)]),
+        "vllm": shlex.join(["vllm", "serve", path]),
         "bench": shlex.join(["lowbit", "bench", path, "--against", model]),
     }
