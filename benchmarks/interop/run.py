@@ -9,7 +9,7 @@ lowbit prefers its own (the median). DIR holds one virtual environment a reader;
 out, and its last result is kept.
 
 Two correct engines differ where activations are rounded: a float's last bit decides between two codes. By how much is
-seen from `float64`, lowbit against itself in double precision.
+seen from `float64`, lowbit against itself in double precision, and, for readers that know no float32, `bfloat16`.
 
 Writes benchmarks/results/interop.json and, from it, docs/interop.md.
 """
@@ -68,6 +68,7 @@ class Case:
 # Ends the type of a GGUF file: llama.cpp runs its weights as llama-quantize writes them out, without rounding
 # activations; lowbit reads the file itself.
 AS_F32 = "as f32"
+ITSELF = ("float64", "bfloat16")  # lowbit against itself in another precision
 ALONE = "weights alone"  # neither side rounds activations
 BY_OTHERS = "by llama-quantize"
 CASES = (
@@ -90,6 +91,7 @@ CASES = (
     *(Case("gptqmodel", s, "made there") for s in ("gptq 4 bits", "gptq 8 bits")),
     *(Case("onnx", s, "onnx") for s in ("w4a16-g32", "w4a16-g128", "w8a16-channel", "w8a8", "w4a8")),
     Case("float64", "w8a8", ""),
+    Case("bfloat16", "w4a16-g128", ""),
     Case("gguf", "w4a16-g32", "gguf"),
     *(Case("gguf", "", "gguf", t) for t in ("q8_0", "q4_0", "q4_k_m", "q3_k_m", "q2_k", "q5_0")),
     Case("vllm", "", ""),
@@ -169,7 +171,7 @@ def engine(runtime: Any, program: str | None, path: Path, tokens: torch.Tensor) 
     """One of lowbit's own engines: (log-probabilities, what it says about itself)."""
     with load(path, runtime, Serving(LENGTH + 1, program=program)) as loaded:
         version = {"lowbit": lowbit.__version__}
-        if runtime != "float64":
+        if runtime not in ITSELF:
             version = {NAMES[runtime]: loaded.runtime.split(",")[0]}
         return loaded.logits(tokens).float().log_softmax(-1), {"versions": version}
 
@@ -188,7 +190,7 @@ def gguf_values(path: Path) -> dict[str, Any]:
 
 def reader_of(name: str, args: argparse.Namespace, work: Path) -> Callable[[Path, torch.Tensor], Any] | None:
     """How a reader is asked, or None if it is not there."""
-    if name in ("onnx", "float64"):
+    if name in ("onnx", *ITSELF):
         return partial(engine, name, None)
     if name == "llama.cpp":
         return partial(engine, name, args.llama_server) if args.llama_server else None
