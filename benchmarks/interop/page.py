@@ -24,9 +24,9 @@ _TAIL = """
 Rows are of several runs, some on another machine. "Gap where not" is by how much, in log-probability, lowbit prefers
 its own token to the reader's where the two differ (the median): those positions are near-ties.
 
-**Where the last column says no, activations are rounded** (vLLM's 4 bits, the cache: below), and the bound cannot be met by two
-correct programs: a float's last bit decides between two codes, and the difference grows from layer to layer until it is
-as large as rounding's own noise. lowbit differs from itself, computed in float64, on w8a8 by as much as ONNX Runtime
+**Where the last column says no, activations are rounded** (vLLM's 4 bits and the cache: below), and the bound cannot
+be met by two correct programs: a float's last bit decides between two codes, and the difference grows from layer to
+layer until it is as large as rounding's own noise. lowbit differs from itself, computed in float64, on w8a8 by as much as ONNX Runtime
 and vLLM differ from lowbit. So such a row does not stand alone: beside it is one with the same weights and no rounding
 of activations, which has to be within the bound (vLLM's w8a8 excepted, which has the same file as ONNX Runtime's).
 

@@ -11,7 +11,8 @@ from page import render, within  # noqa: E402
 
 DOCUMENT = json.loads((ROOT / "benchmarks" / "results" / "interop.json").read_text())
 # Files whose reader, or whose scheme, rounds activations: two correct engines differ by rounding's own noise. Each has
-# a row beside it that leaves only the weights to differ, or a yardstick: lowbit against itself in float64.
+# a row beside it that leaves only the weights to differ, or a yardstick: lowbit against itself in float64, or in bfloat16
+# for kernels that know no float32.
 WEIGHTS_ALONE = {
     ("transformers", "fp8-block"): ("transformers", "fp8-block weights alone"),
     ("llama.cpp", "gguf q8_0"): ("llama.cpp", "gguf q8_0 as f32"),
@@ -23,8 +24,9 @@ WEIGHTS_ALONE = {
 }
 # this reader leaves activations as they are: the row is what FP8 activations cost, not how far two readers are apart
 ONE_SIDED = {("transformers", "fp8-block")}
-YARDSTICK = ("float64", "w8a8")
-ROUNDED = {*WEIGHTS_ALONE, ("vllm", "w8a8"), YARDSTICK}
+YARDSTICK, HALF = ("float64", "w8a8"), ("bfloat16", "w4a16-g128")
+IN_BFLOAT16 = ("vllm", "w4a16-g128")
+ROUNDED = {*WEIGHTS_ALONE, ("vllm", "w8a8"), YARDSTICK, HALF, IN_BFLOAT16}
 FP8_CACHE = ("vllm", "none kv fp8")  # docs/interop.md says how it differs
 
 
@@ -39,8 +41,8 @@ def test_readers_agree() -> None:
     for rounded, weights in WEIGHTS_ALONE.items():
         assert rounded not in rows or (weights in rows and within(rows[weights])), f"nothing shows {rounded}'s weights"
     assert rows["llama.cpp", "gguf q8_0 as f32"]["same_token"] >= 0.995
-    for key in (("onnx", "w8a8 onnx"), ("vllm", "w8a8")):
-        assert rows[key]["mean_difference"] <= 1.5 * rows[YARDSTICK]["mean_difference"]
+    for key, own in ((("onnx", "w8a8 onnx"), YARDSTICK), (("vllm", "w8a8"), YARDSTICK), (IN_BFLOAT16, HALF)):
+        assert rows[key]["mean_difference"] <= 1.5 * rows[own]["mean_difference"]
     for key in (ROUNDED - ONE_SIDED) & rows.keys():
         assert rows[key]["same_token"] >= 0.97
         assert rows[key]["mean_difference"] <= 0.05
