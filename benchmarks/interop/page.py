@@ -26,9 +26,10 @@ its own token to the reader's where the two differ (the median): those positions
 
 **Where the last column says no, activations are rounded** (vLLM's 4 bits and the cache: below), and the bound cannot
 be met by two correct programs: a float's last bit decides between two codes, and the difference grows from layer to
-layer until it is as large as rounding's own noise. lowbit differs from itself, computed in float64, on w8a8 by as much as ONNX Runtime
-and vLLM differ from lowbit. So such a row does not stand alone: beside it is one with the same weights and no rounding
-of activations, which has to be within the bound (vLLM's w8a8 excepted, which has the same file as ONNX Runtime's).
+layer until it is as large as rounding's own noise. lowbit differs from itself, computed in float64, on w8a8 by as much
+as ONNX Runtime and vLLM differ from lowbit. So such a row does not stand alone: beside it is one with the same
+weights and no rounding of activations, which has to be within the bound (vLLM's w8a8 excepted, which has the same file
+as ONNX Runtime's).
 
 * llama.cpp rounds activations to 8 bits a block wherever it multiplies quantized weights. The gguf package reads the
   same file's weights, and every value is equal. "As f32": lowbit reads the quantized file, llama.cpp the F32 file that

@@ -11,8 +11,8 @@ from page import render, within  # noqa: E402
 
 DOCUMENT = json.loads((ROOT / "benchmarks" / "results" / "interop.json").read_text())
 # Files whose reader, or whose scheme, rounds activations: two correct engines differ by rounding's own noise. Each has
-# a row beside it that leaves only the weights to differ, or a yardstick: lowbit against itself in float64, or in bfloat16
-# for kernels that know no float32.
+# a row beside it that leaves only the weights to differ, or a yardstick: lowbit against itself in float64, or, for
+# kernels that know no float32, in bfloat16.
 WEIGHTS_ALONE = {
     ("transformers", "fp8-block"): ("transformers", "fp8-block weights alone"),
     ("llama.cpp", "gguf q8_0"): ("llama.cpp", "gguf q8_0 as f32"),
