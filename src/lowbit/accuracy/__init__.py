@@ -63,7 +63,7 @@ def evaluate(
     """
     if not models:
         raise InputError("no model to evaluate: give at least one.")
-    if tasks and against is None and is_url(str(models[0])):
+    if against is None and is_url(str(models[0])):
         raise InputError(f"{models[0]}: say which model it serves with --against; its tokenizer is needed.")
     original = open_checkpoint(against if against is not None else _origin(models[0]))
     if original.quantization is not None:

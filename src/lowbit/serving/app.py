@@ -167,7 +167,7 @@ async def _answer(service: Service, request: Request, asked: ChatRequest | TextR
         message = f"the model {asked.model!r} is not here; this server has {service.name!r}."
         raise ApiError(404, message, param="model", code="model_not_found")
     worker = service.worker
-    tokens, params = await run_in_threadpool(checked, asked, worker.engine.tokenizer)
+    tokens, params = await run_in_threadpool(checked, asked, worker.tokenizer)
     replies: asyncio.Queue[Reply] = asyncio.Queue()
     loop = asyncio.get_running_loop()
 
@@ -182,7 +182,7 @@ async def _answer(service: Service, request: Request, asked: ChatRequest | TextR
     except LowbitError as error:
         raise ApiError(503, str(error), kind="server_error") from error
     is_chat = isinstance(asked, ChatRequest)
-    answering = Answering(is_chat, service.name, len(tokens), worker.engine.tokenizer, worker.end)
+    answering = Answering(is_chat, service.name, len(tokens), worker.tokenizer, worker.end)
     try:
         first = await _next(replies, request)
     except BaseException:

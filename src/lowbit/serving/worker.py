@@ -4,6 +4,7 @@ A scheduler (runtime/scheduler.py) is a plain object without locks, so one threa
 line: more than `most` at once are refused at the door, since an answer that comes too late is none.
 """
 
+import copy
 import queue
 import threading
 import traceback
@@ -93,7 +94,8 @@ class OneByOne:
 
 
 class Worker:
-    """Answers requests on an engine until `stop`. `failure` is why it ended by itself, else None.
+    """Answers requests on an engine until `stop`. `failure` is why it ended by itself, else None. `tokenizer` is the
+    engine's, for whoever asks.
 
     Args:
         most: requests that are being answered or wait.
@@ -109,6 +111,7 @@ class Worker:
             else OneByOne(engine)
         )
         self.end = conversation.end_tokens(engine.checkpoint, engine.tokenizer)
+        self.tokenizer = copy.deepcopy(engine.tokenizer)  # for other threads: one of these cannot be used by two
         self._most, self._count, self._lock = most, 0, threading.Lock()
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._asking: dict[int, Deliver] = {}
@@ -132,6 +135,9 @@ class Worker:
         number: list[int] = []
 
         def submit() -> None:
+            if self.failure is not None:
+                deliver(Reply(None, error=self.failure))
+                return
             try:
                 request = self.steps.submit(prompt, params)
             except InputError as error:
@@ -169,6 +175,8 @@ class Worker:
             traceback.print_exc()
             self.failure = f"{type(error).__name__}: {error}"
             self._give_up(self.failure)
+            while (task := self._inbox.get()) is not None:  # from those who asked before they could know
+                task()
 
     def _take_in(self) -> bool:
         """Do what was asked for meanwhile, waiting for it where nothing else is to be done; False to end."""
