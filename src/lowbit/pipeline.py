@@ -86,6 +86,7 @@ def quantize(
         memory = estimate_memory(net, blocks, recipe, checkpoint.dtype, torch.get_num_threads(), processes)
     frugal = choose_frugal(memory, max_memory)
     check_disk(plan, output, resume=resume, spilled=memory.spilled if frugal else 0)
+    return_at_once(1 << 20 if frugal else 4 << 20)  # asking the system anew for every small one takes a tenth longer
     predicted = forecast(
         net,
         source,
@@ -116,7 +117,6 @@ def quantize(
         return {**manifest["summary"], "output": str(output), "layers": manifest["layers"]}
     if frugal:
         give_back(thoroughly=True)  # what the forecast has tried
-    return_at_once(1 << 20 if frugal else 4 << 20)  # asking the system anew for every small one takes a tenth longer
     method = parse_method(recipe.method)
     if method.rotation is not None:
         turned = rotate(checkpoint, settings_of(method, dict(recipe.set))[method.rotation], recipe.seed)

@@ -24,8 +24,10 @@ from lowbit.model.load import Source, compute_buffers, compute_dtype, materializ
 from lowbit.model.lockstep import Walk
 from lowbit.model.outside import Outside
 from lowbit.model.walk import Blocks, capture_entries, input_groups, linears
+from lowbit.parking import WIDE
 from lowbit.recipe import Recipe
 from lowbit.scheme import TensorScheme
+from lowbit.stats import Hessian
 from lowbit.tensor import rows_at_once
 from lowbit.workers import one_thread, side_by_side, using
 
@@ -71,7 +73,8 @@ class Passing:
             def everything() -> None:
                 walk = Walk(block, 0, entries, groups, {}, threads)
                 for k, width in enumerate(widths):
-                    Statistics.collect(walk, k, width)
+                    if width < WIDE:  # the Hessian of a wide one is much of the job's peak memory
+                        Statistics.collect(walk, k, width)
                 walk.finish()
 
             passed = sum(b.numel() for b in batches)
@@ -83,7 +86,15 @@ class Passing:
         x, w = torch.randn(512, 1024, dtype=dtype), torch.randn(1024, 1024, dtype=dtype)
         with one_thread():
             rate = _time(lambda: nn.functional.linear(x, w), 0.2) / x.numel() / len(w)
-        return Passing(alone, min(weights * rate / threads, alone), max(both - alone, 0.0))
+        statistics = max(both - alone, 0.0) + sum(_wide(width, dtype) for width in widths if width >= WIDE)
+        return Passing(alone, min(weights * rate / threads, alone), statistics)
+
+
+def _wide(width: int, dtype: torch.dtype) -> float:
+    """Seconds of adding a token to the Hessian of a wide input, which one thread does at a time; from a narrow one."""
+    x, hessian = torch.randn(512, WIDEST, dtype=dtype), Hessian(WIDEST)
+    with one_thread():
+        return _time(lambda: hessian.update(x), 0.1) / len(x) * (width / WIDEST) ** 2
 
 
 @dataclass(frozen=True)
