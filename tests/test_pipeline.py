@@ -21,10 +21,10 @@ from lowbit import job, pipeline
 from lowbit.algorithms import METHODS, Method
 from lowbit.algorithms.rtn import RTNSettings, rtn
 from lowbit.artifact import Work, file_hashes, read_manifest
+from lowbit.environment import compute_dtype
 from lowbit.errors import InputError
 from lowbit.formats.compressed_tensors import read_schemes, unpack
 from lowbit.model.checkpoint import DEMO, open_checkpoint
-from lowbit.model.load import compute_dtype
 from lowbit.model.stream import stream_logits
 from lowbit.recipe import Recipe, read_recipe
 from lowbit.scheme import Scheme

@@ -1,7 +1,8 @@
 import pytest
 import torch
 
-from lowbit.stats import Hessian, quadratic_loss
+from lowbit import stats
+from lowbit.stats import Hessian, Rows, quadratic_loss
 
 
 def rows(n: int, width: int, seed: int = 0) -> torch.Tensor:
@@ -71,7 +72,15 @@ def test_half_precision_rows_are_summed_in_float32() -> None:
     assert torch.allclose(hessian_of(x).mean(), x.float().T @ x.float() / 3000, atol=1e-4)
 
 
-def test_quadratic_loss_is_the_mean_squared_output_error() -> None:
-    x, error = rows(200, 24), rows(7, 24, seed=1)
+@pytest.mark.parametrize(("dtype", "within"), [(torch.float32, 1e-5), (torch.bfloat16, 1e-3)])
+def test_losses_are_mean_squared_output_errors(
+    dtype: torch.dtype, within: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stats, "compute_dtype", lambda: dtype)
+    x, error = rows(200, 600), rows(70, 600, seed=1)
     outputs = x.double() @ error.double().T  # (rows, out)
-    assert quadratic_loss(error, hessian_of(x).mean()) == pytest.approx(float(outputs.square().mean()), rel=1e-5)
+    exact = pytest.approx(float(outputs.square().mean()), rel=within)
+    assert quadratic_loss(error, hessian_of(x).mean()) == exact
+    kept = Rows(600)
+    kept.update(x)
+    assert kept.loss(error) == exact

@@ -17,6 +17,7 @@ from lowbit.artifact import Work, disk_errors
 from lowbit.calibration import Calibration
 from lowbit.clipping import inputs_report
 from lowbit.console import note, track
+from lowbit.environment import compute_dtype
 from lowbit.equalization import Equalized, Equalizer, make_equalizer
 from lowbit.errors import InputError
 from lowbit.formats.choose import Format
@@ -30,7 +31,6 @@ from lowbit.model.checkpoint import read_header
 from lowbit.model.load import (
     Source,
     compute_buffers,
-    compute_dtype,
     materialize,
     release,
 )

@@ -20,9 +20,9 @@ from torch.func import functional_call
 
 from lowbit.algorithms.signround import Latent, SignRoundSettings, learn
 from lowbit.console import note
+from lowbit.environment import compute_dtype
 from lowbit.errors import InputError
 from lowbit.model.fold import float32_copy, float32_entry
-from lowbit.model.load import compute_dtype
 from lowbit.model.walk import Entry
 from lowbit.tensor import InputGrid, QuantizedTensor
 

@@ -27,8 +27,8 @@ from transformers import PreTrainedModel
 from lowbit.algorithms import METHODS
 from lowbit.algorithms.compose import parse_method, settings_of
 from lowbit.console import note
+from lowbit.environment import compute_dtype
 from lowbit.errors import InputError
-from lowbit.model.load import compute_dtype
 from lowbit.model.outside import LARGE
 from lowbit.model.recompute import WORTH_KEEPING
 from lowbit.model.walk import Blocks, linears

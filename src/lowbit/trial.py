@@ -19,8 +19,9 @@ from lowbit.algorithms import METHODS
 from lowbit.algorithms.compose import parse_method, settings_of
 from lowbit.algorithms.gptq import WORTH_FORKING
 from lowbit.algorithms.rtn import rtn
+from lowbit.environment import compute_dtype
 from lowbit.losses import Statistics, Units, output_loss
-from lowbit.model.load import Source, compute_buffers, compute_dtype, materialize, release
+from lowbit.model.load import Source, compute_buffers, materialize, release
 from lowbit.model.lockstep import Walk
 from lowbit.model.outside import Outside
 from lowbit.model.walk import Blocks, capture_entries, input_groups, linears

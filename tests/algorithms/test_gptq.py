@@ -1,3 +1,4 @@
+import sys
 from dataclasses import replace
 from itertools import pairwise
 
@@ -9,7 +10,6 @@ from lowbit.algorithms.gptq import GPTQSettings, column_order, gptq, inverse_cho
 from lowbit.algorithms.rtn import rtn
 from lowbit.numerics import choose_qparams, quantize
 from lowbit.scheme import Scheme, TensorScheme
-from lowbit.stats import quadratic_loss
 from lowbit.tensor import QuantizedTensor
 
 OUT, IN = 24, 256
@@ -32,7 +32,8 @@ def problem(seed: int = 0, columns: int = IN, rows: int = 1000) -> tuple[Tensor,
 
 
 def loss(weight: Tensor, quantized: QuantizedTensor, H: Tensor) -> float:
-    return quadratic_loss(weight - quantized.dequantize(), H)
+    error = (weight - quantized.dequantize()).double()
+    return float(((error @ H.double()) * error).sum(1).mean())
 
 
 def textbook_gptq(weight: Tensor, H: Tensor, scheme: TensorScheme, damp: float, order: list[int]) -> Tensor:
@@ -119,6 +120,19 @@ def test_refine_never_raises_the_loss(text: str, start: str) -> None:
     assert all(after <= before * (1 + 1e-4) for before, after in pairwise(losses))
     if start == "noise":
         assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.parametrize("text", ["w3a16-g64", "w4a16-g128-asym", "w4a16-channel", "fp8"])
+def test_slopes_in_bfloat16_find_what_those_in_float32_find(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, H = problem(4, columns=1024, rows=4000)
+    losses = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(sys.modules["lowbit.algorithms.gptq"], "compute_dtype", lambda dtype=dtype: dtype)
+        quantized, _ = gptq(weight, H, grid(text), GPTQSettings(), torch.bfloat16)
+        losses[dtype] = loss(weight, quantized, H)
+    before, _ = gptq(weight, H, grid(text), GPTQSettings(sweeps=0), torch.bfloat16)
+    gained = loss(weight, before, H) - losses[torch.float32]
+    assert losses[torch.bfloat16] < losses[torch.float32] + 0.1 * gained
 
 
 def test_refine_leaves_its_arguments_alone() -> None:

@@ -25,6 +25,7 @@ from torch import Tensor
 
 from lowbit.algorithms.any4 import learn_table
 from lowbit.algorithms.scale_search import search_qparams
+from lowbit.environment import compute_dtype
 from lowbit.kernels.columns import FP8, INTEGERS, TABLE, Grid, descend, round_and_repair
 from lowbit.numerics import choose_qparams, fixed_table, quantize, storable, tensor_scale_of
 from lowbit.parking import Parked
@@ -253,21 +254,23 @@ def refine(weight: Tensor, quantized: QuantizedTensor, H: Tensor, sweeps: int = 
     """Exact descent on E H Eᵀ, E = W - Ŵ: group by group its scales first, then every column's codes. Never worse.
 
     `weight` is what the codes stand for before the tensor's own scale and rotation, if there are any. The slopes H Eᵀ
-    of a block of columns are made when it is reached: one product of H's size a sweep.
+    of a block of columns are made when it is reached: one product of H's size a sweep, in bfloat16 where the CPU has it
+    (they choose between neighbouring codes, which 8 bits of them decide nearly as well: docs/experiments.md).
     """
     scheme = quantized.scheme
     plain = replace(quantized, tensor_scale=None, rotation=None)
     grid = Columns(quantized.scale, quantized.zero_point, scheme, weight.shape, quantized.table)
     W, W_hat = weight.float(), plain.dequantize()
-    E = W - W_hat
     columns, grouped = torch.arange(W_hat.shape[1]), scheme.granularity == "group"
     block = max(128 // grid.columns, 1) * grid.columns if grouped else 128
     for _ in range(sweeps):
         if scheme.granularity == "channel":
-            _refit_channels(W_hat, E, H, grid)
+            _refit_channels(W, W_hat, H, grid)
+        E = (W - W_hat).to(compute_dtype())
         for start in range(0, W_hat.shape[1], block):
             here = slice(start, min(start + block, W_hat.shape[1]))
-            values, G, H1 = W_hat[:, here].T.contiguous(), H[here] @ E.T, H[here, here]  # (block, out), (block, block)
+            values, H1 = W_hat[:, here].T.contiguous(), H[here, here]  # (block, out), (block, block)
+            G = (H[here].to(E.dtype) @ E.T).float()
             if grouped:
                 for k in range(0, len(values), grid.columns):
                     _refit_group(values, G, H1, grid, start, slice(k, k + grid.columns))
@@ -288,13 +291,12 @@ def _refit_group(values: Tensor, G: Tensor, H1: Tensor, grid: Columns, start: in
     G -= step * curved
 
 
-def _refit_channels(W_hat: Tensor, E: Tensor, H: Tensor, grid: Columns) -> None:
+def _refit_channels(W: Tensor, W_hat: Tensor, H: Tensor, grid: Columns) -> None:
     """The same for scales of whole rows."""
     codes = W_hat / grid.scale
     curved = codes @ H
-    step = _scale_step(grid, 0, curvature=(curved * codes).sum(1), slope=(E * curved).sum(1))[:, None]
-    W_hat += step * codes
-    E -= step * codes
+    step = _scale_step(grid, 0, curvature=(curved * codes).sum(1), slope=((W - W_hat) * curved).sum(1))
+    W_hat += step[:, None] * codes
 
 
 def _scale_step(grid: Columns, k: int, curvature: Tensor, slope: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from lowbit.algorithms.ggml_search import search_blocks
 from lowbit.calibration import Calibration
 from lowbit.console import note, track
+from lowbit.environment import compute_dtype
 from lowbit.errors import InputError, nearest
 from lowbit.exporting.calibrated import Job, enter, line, round_block, round_head, row
 from lowbit.formats import gguf_names as names
@@ -30,7 +31,6 @@ from lowbit.ggml import BlockTensor, FloatType, GgmlType, find_type
 from lowbit.model.checkpoint import Checkpoint
 from lowbit.model.load import (
     Source,
-    compute_dtype,
     load_tokenizer,
     materialize,
     open_source,

@@ -292,9 +292,3 @@ def _stored_tokenizer(checkpoint: Checkpoint) -> Any:
         raise InputError(
             f"{checkpoint.path}: the tokenizer cannot be loaded: {str(error).splitlines()[0][:300]}"
         ) from error
-
-
-def compute_dtype() -> torch.dtype:
-    """bfloat16 where this CPU multiplies it natively (several times faster), else float32."""
-    native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if native else torch.float32

@@ -17,11 +17,12 @@ from typing import Literal
 
 import torch
 
+from lowbit.environment import compute_dtype
 from lowbit.errors import InputError
 from lowbit.formats.kv_cache import PRODUCTS_WORD, KvCache
 from lowbit.kv_scheme import KvScheme
 from lowbit.model.checkpoint import Checkpoint, open_checkpoint
-from lowbit.model.load import compute_dtype, open_source, skeleton, stored_kv_cache
+from lowbit.model.load import open_source, skeleton, stored_kv_cache
 from lowbit.runtime.base import Engine
 from lowbit.runtime.general import GeneralEngine
 from lowbit.runtime.int8_products import use_int8_products
