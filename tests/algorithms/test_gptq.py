@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowbit.algorithms.gptq import GPTQSettings, column_order, gptq, inverse_cholesky, refine
+from lowbit.algorithms.gptq import GPTQSettings, column_order, factorize, gptq, refine
 from lowbit.algorithms.rtn import rtn
 from lowbit.numerics import choose_qparams, quantize
 from lowbit.scheme import Scheme, TensorScheme
@@ -197,10 +197,20 @@ def test_dampening_climbs_in_tens_until_it_is_enough() -> None:
     H = torch.eye(8)
     H[0, 0] = -0.05  # needs lambda > 0.05
     H = H + 0.0
-    upper, used = inverse_cholesky(H, 1e-3)
-    assert used == pytest.approx(0.1)
-    damped = H + used * H.diagonal().mean() * torch.eye(8)
-    assert torch.allclose(upper.T @ upper @ damped, torch.eye(8), atol=1e-4)
+    found = factorize(H, 1e-3)
+    assert found.dampening_frac == pytest.approx(0.1)
+    damped = H + found.dampening_frac * H.diagonal().mean() * torch.eye(8)
+    assert torch.allclose(found.N * found.D @ found.N.T, damped, atol=1e-6)
+
+
+def test_the_factor_is_triangular_in_the_order_asked_for() -> None:
+    _, H = problem(5)
+    order = torch.randperm(IN, generator=torch.Generator().manual_seed(0))
+    found = factorize(H, 0.01, order)
+    assert torch.equal(found.N, found.N.triu())
+    assert bool((found.N.diagonal() == 1).all())
+    damped = H + 0.01 * H.diagonal().mean() * torch.eye(IN)
+    assert torch.allclose(found.N * found.D @ found.N.T, damped[order][:, order], rtol=1e-4, atol=1e-4)
 
 
 def test_hopeless_hessians_are_value_errors() -> None:

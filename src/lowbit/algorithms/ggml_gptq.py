@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowbit.algorithms.ggml_search import join, nearest, search_blocks
-from lowbit.algorithms.gptq import alive, inverse_cholesky
+from lowbit.algorithms.gptq import Factor, alive, factorize
 from lowbit.ggml import BlockTensor, BlockType
 
 _NEIGHBOURS = 4  # integers tried on either side when a group's s is chosen again
@@ -26,10 +26,10 @@ def gptq_blocks(
     """Quantize weight (out, in) into blocks of `kind` given H (in, in). Raises ValueError as `gptq` does."""
     H = alive(hessian.float())
     order = block_order(H.diagonal(), kind)
-    U, _ = inverse_cholesky(H, dampening_frac, order)
+    factored = factorize(H, dampening_frac, order)
     parts = []
     for rows in weight.float().split(_ROWS):
-        tensor = _feedback(rows, U, order, kind)
+        tensor = _feedback(rows, factored, order, kind)
         for _ in range(sweeps):
             tensor = refine(rows, tensor, H)
         parts.append(tensor)
@@ -84,29 +84,28 @@ class _Grid:
         return BlockTensor(self.kind, codes.to(torch.int16), d, s, self.dmin.to(torch.float16), self.m.to(torch.int16))
 
 
-def _feedback(weight: Tensor, U: Tensor, order: Tensor, kind: BlockType) -> BlockTensor:
-    """The GPTQ pass over rows (out, in); U belongs to the permuted Hessian."""
-    W = weight[:, order]
+def _feedback(weight: Tensor, factored: Factor, order: Tensor, kind: BlockType) -> BlockTensor:
+    """The GPTQ pass over rows (out, in); the factor belongs to the permuted Hessian."""
+    W = weight[:, order]  # what a column is rounded to: its weights, and repairs
     grid = _Grid(W.shape[0], W.shape[1], kind)
     codes = torch.empty_like(W)
-    importance = U.diagonal() ** -2
     for start in range(0, W.shape[1], _LAZY):
         end = min(start + _LAZY, W.shape[1])
-        W1, U1 = W[:, start:end].clone(), U[start:end, start:end]
-        E = torch.zeros_like(W1)
+        W1, N1 = W[:, start:end].clone(), factored.N[start:end, start:end]
+        E, importance = weight[:, order[start:end]], factored.D[start:end]
         for i, column in enumerate(order[start:end].tolist()):
             group = column // kind.group
             if i % kind.block == 0:
-                _choose_block(grid, W1, i, order[start:end], importance[start:end])
+                _choose_block(grid, W1, i, order[start:end], importance)
             elif i % kind.group == 0:
                 part = slice(i, i + kind.group)
-                _choose_group(grid, group, W1[:, part], importance[start:end][part])
+                _choose_group(grid, group, W1[:, part], importance[part])
             scale, offset = grid.scale[:, group], grid.offset[:, group]
             q = nearest(W1[:, i], scale, offset, kind)
             codes[:, column] = q
-            E[:, i] = (W1[:, i] - scale * q + offset) / U1[i, i]
-            W1[:, i + 1 :].addr_(E[:, i], U1[i, i + 1 :], alpha=-1)
-        W[:, end:].addmm_(E, U[start:end, end:], alpha=-1)
+            E[:, i] -= scale * q - offset
+            W1[:, i + 1 :].addr_(E[:, i], N1[i, i + 1 :])
+        W[:, end:].addmm_(E, factored.N[start:end, end:])
     return grid.tensor(codes)
 
 

@@ -1,11 +1,12 @@
 """GPTQ: round one column at a time and let the columns not yet rounded repair the damage.
 
-A linear's squared output error is quadratic in its weight:  tr (W - Ŵ) H (W - Ŵ)ᵀ  with  H = E[x xᵀ].  Rounding
-column i costs (w_i - ŵ_i)² / [H⁻¹]_ii after the best update of the later columns, which is
+A linear's squared output error is quadratic in its weight:  tr (W - Ŵ) H (W - Ŵ)ᵀ  with  H = E[x xᵀ].  Rounding column
+after column, each with the best update of the later ones (Frantar et al. 2022, "GPTQ", section 3), is
 
-    W[:, j] -= (w_i - ŵ_i) / U_ii * U_ij   for j > i,   H⁻¹ = Uᵀ U  (U upper triangular)
+    ŵ_j = round(w_j + Σ (w_i - ŵ_i) N_ij over i < j),    H = N D Nᵀ,  N upper triangular with ones, D diagonal
 
-(Frantar et al. 2022, "GPTQ", section 3; the Cholesky form is its step 3). What differs from the reference code:
+(Chee et al. 2023, "QuIP", theorem 6: it is LDLQ). N and D are one Cholesky factor of H, read backwards: H's inverse, by
+which GPTQ's paper goes, is never made. What differs from the reference code:
 
 * Activation order with trivial group indices: groups are visited by their largest H_ii and columns inside a group by
   H_ii, so a group's scale exists before its first column is rounded and the columns stay where they were.
@@ -26,14 +27,13 @@ from torch import Tensor
 from lowbit.algorithms.any4 import learn_table
 from lowbit.algorithms.scale_search import search_qparams
 from lowbit.environment import compute_dtype
-from lowbit.kernels.columns import FP8, INTEGERS, TABLE, Grid, descend, round_and_repair
+from lowbit.kernels.columns import FP8, INTEGERS, TABLE, Grid, descend
 from lowbit.numerics import choose_qparams, fixed_table, quantize, storable, tensor_scale_of
 from lowbit.parking import Parked
 from lowbit.scheme import TensorScheme
 from lowbit.tensor import QuantizedTensor, join_rows, row_pieces
 from lowbit.workers import every_thread, side_by_side
 
-_STRIP = 1024  # rows of a triangle that are inverted at once
 _SWAPPED = 1 << 20  # numbers
 WORTH_FORKING = 1 << 21  # weights: with fewer, starting processes takes longer than half the work
 
@@ -66,19 +66,20 @@ def gptq(
     def scaled(rows: Tensor) -> Tensor:
         return rows.float() if tensor_scale is None else rows.float() * tensor_scale
 
-    def first(rows: Tensor, U: Tensor, diagonal: Tensor) -> QuantizedTensor:
-        return feedback(scaled(rows), diagonal, U, order, scheme, settings, scale_dtype)
+    def first(rows: Tensor, factor: Factor, diagonal: Tensor) -> QuantizedTensor:
+        return feedback(scaled(rows), diagonal, factor, order, scheme, settings, scale_dtype)
 
     def better(rows: Tensor, result: QuantizedTensor) -> QuantizedTensor:
         return refine(scaled(rows), result, H, settings.sweeps)
 
     pieces = row_pieces(weight, scheme)  # their codes do not depend on each other's
-    parked = Parked(H)  # H and U need not be in memory together
+    parked = Parked(H)  # H and its factor need not be in memory together
     try:
-        U, used = _factor(parked.permuted, order, parked.diagonal, settings.dampening_frac)
+        factor = _factor(parked.permuted, order, parked.diagonal, settings.dampening_frac)
+        used = factor.dampening_frac
         large = weight.numel() >= WORTH_FORKING
-        results = side_by_side([partial(first, piece, U, parked.diagonal) for piece in pieces], worth_it=large)
-        del U
+        results = side_by_side([partial(first, piece, factor, parked.diagonal) for piece in pieces], worth_it=large)
+        del factor
     finally:
         parked.back()
     if settings.sweeps:
@@ -89,46 +90,43 @@ def gptq(
 def feedback(
     weight: Tensor,
     diagonal: Tensor,
-    U: Tensor,
+    factor: "Factor",
     order: Tensor,
     scheme: TensorScheme,
     settings: GPTQSettings,
     scale_dtype: torch.dtype,
 ) -> QuantizedTensor:
-    """Column by column in `order`: round weight (out, in) float32 and let later columns repair the damage. U (in, in)
-    is of the Hessian in that order, `diagonal` (in,) the Hessian's own. Columns are worked on as rows of a transposed
+    """Column by column in `order`: round weight (out, in) float32 and let later columns repair the damage. `factor` is
+    of the Hessian in that order, `diagonal` (in,) the Hessian's own. Columns are worked on as rows of a transposed
     block, to lie in one piece."""
-    W = weight
     grouped = (
         scheme.granularity == "group" and scheme.kind != "learned"
     )  # a table is learned for the scales as they are
     if settings.scale_search and not grouped:
-        scale, zero = search_qparams(W, scheme, diagonal, scale_dtype)
+        scale, zero = search_qparams(weight, scheme, diagonal, scale_dtype)
     else:  # a group's scale is searched when its first column is reached
-        scale, zero = choose_qparams(W, scheme, scale_dtype)
-    table = learn_table(W, scale, scheme, diagonal) if scheme.kind == "learned" else None
-    grid = Columns(scale, zero, scheme, W.shape, table)
+        scale, zero = choose_qparams(weight, scheme, scale_dtype)
+    table = learn_table(weight, scale, scheme, diagonal) if scheme.kind == "learned" else None
+    grid = Columns(scale, zero, scheme, weight.shape, table)
     width = scheme.group_size if grouped else 1
     block = max(settings.block_size // width, 1) * width  # lazy blocks hold whole groups
 
     searched = grouped and settings.scale_search
-    W_hat = torch.empty_like(W)
-    W = W[:, order]
-    importance = U.diagonal() ** -2
-    for start in range(0, W.shape[1], block):
-        end = min(start + block, W.shape[1])
-        columns = order[start:end]
-        W1, U1 = W[:, start:end].T.contiguous(), U[start:end, start:end]  # (block, out)
-        rounded = []
+    wanted, W_hat = weight[:, order], torch.empty_like(weight)  # what a column is rounded to: its weights, and repairs
+    for start in range(0, wanted.shape[1], block):
+        end = min(start + block, wanted.shape[1])
+        columns, N, D = order[start:end], factor.N[start:end, start:end], factor.D[start:end]
+        W = weight[:, columns].T.contiguous()  # (block, out)
+        values, repairs = W.clone(), wanted[:, start:end].T.contiguous().sub_(W)
         for i in range(0, len(columns), width if searched else len(columns)):
             here = slice(i, i + width if searched else None)
             if searched:
-                grid.search(int(columns[i]), W1[here].T.contiguous(), importance[start:end][here])
-            rounded.append(round_and_repair(W1[here], U1[here, here], grid.of(columns[here])))
+                grid.search(int(columns[i]), (W[here] + repairs[here]).T.contiguous(), D[here])
+            descend(values[here], repairs[here], N[here, here], grid.of(columns[here]))
             if searched:
-                W1[i + width :].addmm_(U1[here, i + width :].T, W1[here], alpha=-1)
-        W_hat[:, columns] = torch.cat(rounded).T
-        W[:, end:].addmm_(W1.T.contiguous(), U[start:end, end:], alpha=-1)  # W1 holds the errors now
+                repairs[i + width :].addmm_(N[here, i + width :].T, W[here] - values[here])
+        W_hat[:, columns] = values.T
+        wanted[:, end:].addmm_((W - values).T, factor.N[start:end, end:])
     return grid.codes(W_hat)
 
 
@@ -156,19 +154,27 @@ def column_order(diagonal: Tensor, scheme: TensorScheme, desc_act: bool) -> Tens
     return inside[groups].reshape(-1)
 
 
-def inverse_cholesky(H: Tensor, dampening_frac: float, order: Tensor | None = None) -> tuple[Tensor, float]:
-    """Upper U with Uᵀ U = (H + λI)⁻¹, columns and rows in `order`, and the λ / mean(diag H) that made H positive
-    definite. All of it happens in one matrix beside H: a wide linear's takes hundreds of megabytes."""
+@dataclass(frozen=True)
+class Factor:
+    """H + λI = N D Nᵀ with rows and columns in some order: N (in, in) upper triangular with ones on its diagonal, D
+    (in,) what a column's rounding costs once the later ones have repaired it; and dampening_frac, λ / mean(diag H)."""
+
+    N: Tensor
+    D: Tensor
+    dampening_frac: float
+
+
+def factorize(H: Tensor, dampening_frac: float, order: Tensor | None = None) -> Factor:
+    """Of H in `order`, with the first dampening that makes it positive definite. It takes one matrix beside H: a wide
+    linear's takes hundreds of megabytes. Raises ValueError if no dampening does."""
     order = torch.arange(len(H)) if order is None else order
     return _factor(lambda order: H[order[:, None], order], order, H.diagonal(), dampening_frac)
 
 
-def _factor(
-    permuted: Callable[[Tensor], Tensor], order: Tensor, diagonal: Tensor, dampening_frac: float
-) -> tuple[Tensor, float]:
+def _factor(permuted: Callable[[Tensor], Tensor], order: Tensor, diagonal: Tensor, dampening_frac: float) -> Factor:
     """The same; `permuted` returns a new matrix with H in some order.
 
-    With P, which reverses the order:  P H P = L Lᵀ  gives  U = P L⁻¹ P , half the work of H's own inverse.
+    With P, which reverses the order:  P H P = L Lᵀ  gives  H = (P L P) (P L P)ᵀ , upper triangular.
     """
     fraction, failed = dampening_frac, torch.empty((), dtype=torch.int32)
     for _ in range(6):
@@ -178,23 +184,11 @@ def _factor(
         with every_thread():
             torch.linalg.cholesky_ex(L, out=(L, failed))
         if not int(failed):
-            with every_thread():
-                _invert_lower(L)
             _reverse(matrix)
-            return L, fraction
+            root = L.diagonal().clone()
+            return Factor(L.div_(root), root.square(), fraction)
         fraction = max(fraction * 10, 1e-4)
     raise ValueError(f"the Hessian is not positive definite even with dampening_frac {fraction / 10:g}")
-
-
-def _invert_lower(L: Tensor) -> None:
-    """A lower triangular matrix becomes its inverse, a strip of rows at a time."""
-    for start in range(0, len(L), _STRIP):
-        rows = slice(start, start + _STRIP)
-        corner = L[rows, rows]
-        inverse = torch.linalg.solve_triangular(corner, torch.eye(len(corner)), upper=False)
-        for k in range(0, start, _STRIP):
-            L[rows, k : k + _STRIP] = -inverse @ (L[rows, k:start] @ L[k:start, k : k + _STRIP])
-        L[rows, rows] = inverse
 
 
 def _reverse(matrix: Tensor) -> None:

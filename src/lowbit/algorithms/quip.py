@@ -4,7 +4,7 @@ With random orthogonal U, V (hadamard.py) the weight W̃ = U W Vᵀ and the Hess
 much larger than the others (Chee et al. 2023, "QuIP", section 4; Tseng et al. 2024, "QuIP#", section 3). The loss
 tr (W - Ŵ) H (W - Ŵ)ᵀ is the same in both bases. In the new one, LDLQ feeds back the error of what is rounded,
 
-    Ŵ_b = Q(W_b + (W - Ŵ)_{before b} A_{before b, b}),      A from H̃⁻¹ = Uᵀ U, U upper triangular
+    Ŵ_b = Q(W_b + (W - Ŵ)_{before b} A_{before b, b}),      A from H̃ = N D Nᵀ, N upper triangular with ones
 
 which on scalar grids is GPTQ (QuIP, theorem 6: LDLQ is OPTQ), so `gptq` does it; on the lattice b is eight columns.
 Afterwards sweeps revisit every block with all others fixed, at the target t = Ŵ_b + [(W - Ŵ) H̃]_b H̃_bb⁻¹, and keep a
@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lowbit import lattice
-from lowbit.algorithms.gptq import GPTQSettings, alive, gptq, inverse_cholesky
+from lowbit.algorithms.gptq import GPTQSettings, alive, factorize, gptq
 from lowbit.hadamard import Rotation
 from lowbit.numerics import choose_qparams, storable
 from lowbit.scheme import TensorScheme
@@ -60,22 +60,24 @@ def lattice_ldlq(
     W: Tensor, H: Tensor, scheme: TensorScheme, settings: QuipSettings, scale_dtype: torch.dtype
 ) -> tuple[QuantizedTensor, float]:
     """Blocks of eight columns of W (out, in) onto the lattice, in order, with feedback; then the sweeps."""
-    U, used = inverse_cholesky(H, settings.dampening_frac)
+    factored = factorize(H, settings.dampening_frac)
+    N = factored.N
     scale, _ = choose_qparams(W, scheme, scale_dtype)
     step = scale.float()
-    left, codes, values = W.clone(), [], []
+    repaired, codes = torch.zeros_like(W), []
     for start in range(0, W.shape[1], B):
         end = start + B
-        code = lattice.encode(left[:, start:end] / step, scheme.bits)
+        repairs = torch.linalg.solve_triangular(
+            N[start:end, start:end], repaired[:, start:end], upper=True, left=False, unitriangular=True
+        )
+        code = lattice.encode((W[:, start:end] + repairs) / step, scheme.bits)
         value = lattice.decode(code, scheme.bits) * step
-        feedback = torch.linalg.solve_triangular(U[start:end, start:end], U[start:end, end:], upper=True)
-        left[:, end:].addmm_(left[:, start:end] - value, feedback, alpha=-1)
+        repaired[:, end:].addmm_(W[:, start:end] - value, N[start:end, end:])
         codes.append(code)
-        values.append(value)
     state = QuantizedTensor(torch.stack(codes, 1), scale, None, scheme)
     for _ in range(settings.sweeps):
         state = lattice_sweep(W, state, H)
-    return state, used
+    return state, factored.dampening_frac
 
 
 def lattice_sweep(W: Tensor, quantized: QuantizedTensor, H: Tensor) -> QuantizedTensor:

@@ -1,9 +1,9 @@
 # ruff: noqa: ARG001  (a fake takes every argument of its operator)
-"""GPTQ's column loops (algorithms/gptq.py) and the errors of many scales as torch operators: the C++ kernels are in
+"""GPTQ's column loop (algorithms/gptq.py) and the errors of many scales as torch operators: the C++ kernels are in
 cpu/columns.h, their torch twins here.
 
-A loop does the same operations in the same order in both, none of which may be fused: codes are equal to the last bit.
-Arrays are (columns, out): the columns of a block of the weight, each in one piece.
+The loop does the same operations in the same order in both, none of which may be fused: codes are equal to the last
+bit. Arrays are (columns, out): the columns of a block of the weight, each in one piece.
 """
 
 from dataclasses import dataclass
@@ -32,51 +32,36 @@ class Grid:
     highest: float = 0.0
 
 
-def round_and_repair(W: Tensor, U: Tensor, grid: Grid) -> Tensor:
-    """Column by column: round it, and let the later ones take up  (w_i - ŵ_i) / U_ii * U_ij . Returns Ŵ; W (columns,
-    out) float32 becomes the errors (w_i - ŵ_i) / U_ii. U (columns, columns): the upper triangle counts."""
-    W_hat = torch.empty_like(W)
-    _sweep(W, W_hat, U, grid, descend=False)
-    return W_hat
-
-
 def descend(W_hat: Tensor, G: Tensor, H: Tensor, grid: Grid) -> None:
     """Column by column: the value next to  ŵ_i + G_i / H_ii  becomes ŵ_i, and the later slopes G_j lose H_ij times the
     change. W_hat and G (columns, out) float32 are changed; H (columns, columns): the upper triangle counts."""
-    _sweep(W_hat=W_hat, x=G, matrix=H, grid=grid, descend=True)
-
-
-def _sweep(x: Tensor, W_hat: Tensor, matrix: Tensor, grid: Grid, *, descend: bool) -> None:
     args = (grid.scale, grid.zero, grid.index, grid.table, grid.kind, grid.lowest, grid.highest)
-    sweep_columns(x, W_hat, matrix, *args, descend)
+    sweep_columns(G, W_hat, H, *args)
 
 
 @torch.library.custom_op("lowbit::sweep_columns", mutates_args={"x", "value"})
 def sweep_columns(
     x: Tensor, value: Tensor, matrix: Tensor, scale: Tensor, zero: Tensor | None, index: Tensor, table: Tensor | None,
-    kind: int, lowest: float, highest: float, descend: bool,
+    kind: int, lowest: float, highest: float,
 ) -> None:  # fmt: skip
-    """`descend` (x: slopes) or `round_and_repair` (x: weights); see there."""
-    twin(x, value, matrix, Grid(kind, scale, index, zero, table, lowest, highest), descend=descend)
+    """`descend` with slopes x, values and a curvature; see there."""
+    twin(x, value, matrix, Grid(kind, scale, index, zero, table, lowest, highest))
 
 
 @sweep_columns.register_fake
 def _(
     x: Tensor, value: Tensor, matrix: Tensor, scale: Tensor, zero: Tensor | None, index: Tensor, table: Tensor | None,
-    kind: int, lowest: float, highest: float, descend: bool,
+    kind: int, lowest: float, highest: float,
 ) -> None:  # fmt: skip
     return None
 
 
-def twin(x: Tensor, value: Tensor, matrix: Tensor, grid: Grid, *, descend: bool) -> None:
+def twin(x: Tensor, value: Tensor, matrix: Tensor, grid: Grid) -> None:
     """The operator's meaning, in torch."""
     for i, k in enumerate(grid.index.tolist()):
-        wanted = value[i] + x[i] / matrix[i, i] if descend else x[i].clone()
-        found = _nearest(wanted, grid, k)
-        change = found - value[i] if descend else (wanted - found) / matrix[i, i]
+        found = _nearest(value[i] + x[i] / matrix[i, i], grid, k)
+        change = found - value[i]
         value[i] = found
-        if not descend:
-            x[i] = change
         x[i + 1 :] -= matrix[i, i + 1 :, None] * change
 
 
@@ -131,9 +116,7 @@ def _nearest(w: Tensor, grid: Grid, k: int) -> Tensor:
     return ((codes + zero).clamp(grid.lowest, grid.highest) - zero) * grid.scale[k]
 
 
-def native_sweep(
-    x: Tensor, value: Tensor, matrix: Tensor, grid: Grid, *, descend: bool, isa: str | None = None
-) -> None:
+def native_sweep(x: Tensor, value: Tensor, matrix: Tensor, grid: Grid, isa: str | None = None) -> None:
     """The C++ `sweep_columns`, in the calling thread; `isa` names one of `native.isas()`."""
     columns, out = x.shape
     matrix = matrix.contiguous()
@@ -143,7 +126,7 @@ def native_sweep(
     index = grid.index.to(torch.int32).contiguous()
     if len(index) != columns or (columns and not 0 <= int(index.min()) <= int(index.max()) < len(grid.scale)):
         raise ValueError(f"index: expected {columns} numbers below {len(grid.scale)}")
-    _call(_DESCENT if descend else _FEEDBACK, x, value, matrix, grid, index, isa)
+    _call(_DESCENT, x, value, matrix, grid, index, isa)
 
 
 def native_errors(x: Tensor, weight: Tensor, grid: Grid, isa: str | None = None) -> Tensor:
@@ -156,7 +139,7 @@ def native_errors(x: Tensor, weight: Tensor, grid: Grid, isa: str | None = None)
     return error
 
 
-_FEEDBACK, _DESCENT, _ERRORS = range(3)
+_DESCENT, _ERRORS = range(2)
 
 
 def _check(arrays: dict[str, tuple[Tensor, tuple[int, ...]]], grid: Grid, out: int) -> None:
@@ -183,9 +166,9 @@ def _call(what: int, x: Tensor, value: Tensor, matrix: Tensor, grid: Grid, index
 
 def _sweep_cpu(
     x: Tensor, value: Tensor, matrix: Tensor, scale: Tensor, zero: Tensor | None, index: Tensor, table: Tensor | None,
-    kind: int, lowest: float, highest: float, descend: bool,
+    kind: int, lowest: float, highest: float,
 ) -> None:  # fmt: skip
-    native_sweep(x, value, matrix, Grid(kind, scale, index, zero, table, lowest, highest), descend=descend)
+    native_sweep(x, value, matrix, Grid(kind, scale, index, zero, table, lowest, highest))
 
 
 def _errors_cpu(

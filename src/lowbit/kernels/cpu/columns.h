@@ -1,4 +1,4 @@
-// The column loops of GPTQ and of its refinement (algorithms/gptq.py), for a block of columns at once: round a column to
+// The column loop of GPTQ and of its refinement (algorithms/gptq.py), for a block of columns at once: round a column to
 // its grid, and let the columns after it take up what that changed. And what many scales would each cost, for the search.
 //
 // Rows of the weight do not see each other, so they are the lanes: a strip of 64 rows is copied beside itself (128
@@ -63,18 +63,17 @@ size_t sweep_scratch(const Sweep& s) {
   return ((size_t)s.columns * 2 + (size_t)s.scales * 2 + (size_t)s.entries * 2) * kStrip * sizeof(float);
 }
 
-template <bool Descend>
 void sweep_strip(const Sweep& s, int row, float* scratch) {
   const int n = s.columns, count = s.out - row < kStrip ? s.out - row : kStrip;
-  float* x = scratch;                          // weights, or slopes
-  float* value = x + (size_t)n * kStrip;       // what they are rounded to
+  float* x = scratch;  // slopes
+  float* value = x + (size_t)n * kStrip;
   float* scale = value + (size_t)n * kStrip;
   float* zero = scale + (size_t)s.scales * kStrip;
   float* levels = zero + (size_t)s.scales * kStrip;
   float* middles = levels + (size_t)s.entries * kStrip;
   for (int i = 0; i < n; ++i) {
     load_lanes(s.x + (size_t)i * s.out + row, count, 0.f, x + (size_t)i * kStrip);
-    if (Descend) load_lanes(s.value + (size_t)i * s.out + row, count, 0.f, value + (size_t)i * kStrip);
+    load_lanes(s.value + (size_t)i * s.out + row, count, 0.f, value + (size_t)i * kStrip);
   }
   for (int k = 0; k < s.scales; ++k) {
     load_lanes(s.scale + (size_t)k * s.out + row, count, 1.f, scale + (size_t)k * kStrip);
@@ -87,13 +86,11 @@ void sweep_strip(const Sweep& s, int row, float* scratch) {
     const size_t k = (size_t)s.index[i] * kStrip, at = (size_t)i * kStrip;
     F16 change[kLanes];
     for (int l = 0; l < kLanes; ++l) {
-      const F16 here = load<F16>(x + at + 16 * l), before = load<F16>(value + at + 16 * l);
-      const F16 wanted = Descend ? before + here / corner : here;
+      const F16 before = load<F16>(value + at + 16 * l), wanted = before + load<F16>(x + at + 16 * l) / corner;
       const F16 found = nearest(s, wanted, load<F16>(scale + k + 16 * l), s.zero ? zero + k + 16 * l : nullptr,
                                 levels + 16 * l, middles + 16 * l);
-      change[l] = Descend ? found - before : (here - found) / corner;
+      change[l] = found - before;
       store(value + at + 16 * l, found);
-      if (!Descend) store(x + at + 16 * l, change[l]);  // the error takes the weight's place
     }
     for (int j = i + 1; j < n; ++j) {
       const F16 factor = splat(m[j]);
@@ -152,8 +149,7 @@ void grid_errors(const Sweep& s, uint8_t* scratch) {
 }
 
 void sweep(const Sweep& s, uint8_t* scratch) {
-  for (int row = 0; row < s.out; row += kStrip)
-    s.descend ? sweep_strip<true>(s, row, (float*)scratch) : sweep_strip<false>(s, row, (float*)scratch);
+  for (int row = 0; row < s.out; row += kStrip) sweep_strip(s, row, (float*)scratch);
 }
 
 }  // namespace LOWBIT_ISA

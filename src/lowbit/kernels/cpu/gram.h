@@ -1,8 +1,8 @@
 // S += XᵀX of bf16 rows, the sum that every second-order method starts with. Only the lower triangle is wanted: tiles of
 // 8 x 32 on and below the diagonal.
 //
-// Rows come in pairs, as the dot product of bf16 pairs takes them: 256 rows are packed into panels of 32 columns in which
-// the pairs of one row follow each other (16 KiB, which stays in the first cache). A tile needs 10 loads for 16 products.
+// Rows come in pairs, as the dot product of bf16 pairs takes them: 512 rows are packed into panels of 32 columns in which
+// the pairs of one row follow each other (32 KiB; with fewer rows the sums are read and written more often). A tile needs 10 loads for 16 products.
 // Products of bf16 values are exact in float; sums are float, in increasing row.
 #pragma once
 
@@ -12,7 +12,7 @@
 namespace lowbit {
 namespace LOWBIT_ISA {
 
-constexpr int kGramRows = 256, kGramPanel = 32, kGramTile = 8;
+constexpr int kGramRows = 512, kGramPanel = 32, kGramTile = 8;
 
 size_t gram_scratch(int width) { return (size_t)(width + kGramPanel - 1) / kGramPanel * kGramPanel * kGramRows * 2 + 64; }
 

@@ -104,11 +104,10 @@ enum class Grid : int { kInt, kTable, kFp8 };
 // A block of columns that are rounded one after the other (columns.h); arrays are (columns, out) unless said otherwise.
 struct Sweep {
   int columns = 0, out = 0, scales = 0, entries = 0;
-  bool descend = false;
   Grid kind = Grid::kInt;
-  float* x = nullptr;             // feedback: weights, which become errors / U_ii; descent: slopes, which are kept up
-  float* value = nullptr;         // feedback: what the weights are rounded to; descent: the same, which changes
-  const float* matrix = nullptr;  // (columns, columns): U or H, of which the upper triangle is read
+  float* x = nullptr;             // slopes, which are kept up
+  float* value = nullptr;         // what is rounded
+  const float* matrix = nullptr;  // (columns, columns): the curvature, of which the upper triangle is read
   const float* scale = nullptr;   // (scales, out)
   const float* zero = nullptr;    // (scales, out), or null
   const int32_t* index = nullptr; // (columns,): which scale

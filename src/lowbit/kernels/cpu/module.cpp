@@ -230,18 +230,18 @@ NB_MODULE(_cpu, m) {
     k.gram(at<uint16_t>(x), (size_t)width, rows, width, at<float>(sum),
            scratch.data() + (64 - (uintptr_t)scratch.data() % 64) % 64);
   }, nb::arg("x"), nb::arg("rows"), nb::arg("width"), nb::arg("sum"), nb::arg("isa") = nb::none(), Nogil());
-  // what: 0 feedback, 1 descent, 2 the errors of every scale
+  // what: 0 descent, 1 the errors of every scale
   m.def("sweep", [](int what, int kind, Address x, Address value, int columns, int out, Address matrix, Address scale,
                     int scales, Address zero, Address index, Address table, int entries, float lowest, float highest,
                     std::optional<std::string> isa) {
     const Kernels& k = named(isa);
     Sweep s;
-    s.columns = columns, s.out = out, s.scales = scales, s.entries = entries, s.descend = what == 1, s.kind = (Grid)kind;
+    s.columns = columns, s.out = out, s.scales = scales, s.entries = entries, s.kind = (Grid)kind;
     s.x = at<float>(x), s.value = at<float>(value), s.matrix = at<float>(matrix), s.scale = at<float>(scale);
     s.zero = at<float>(zero), s.index = at<int32_t>(index), s.table = at<float>(table);
     s.lowest = lowest, s.highest = highest;
-    std::vector<uint8_t> scratch((what == 2 ? k.errors_scratch(s) : k.sweep_scratch(s)) + 64);
-    (what == 2 ? k.grid_errors : k.sweep)(s, scratch.data() + (64 - (uintptr_t)scratch.data() % 64) % 64);
+    std::vector<uint8_t> scratch((what == 1 ? k.errors_scratch(s) : k.sweep_scratch(s)) + 64);
+    (what == 1 ? k.grid_errors : k.sweep)(s, scratch.data() + (64 - (uintptr_t)scratch.data() % 64) % 64);
   }, nb::arg("what"), nb::arg("kind"), nb::arg("x"), nb::arg("value"), nb::arg("columns"), nb::arg("out"),
         nb::arg("matrix"), nb::arg("scale"), nb::arg("scales"), nb::arg("zero"), nb::arg("index"), nb::arg("table"),
         nb::arg("entries"), nb::arg("lowest"), nb::arg("highest"), nb::arg("isa") = nb::none(), Nogil());
