@@ -116,11 +116,14 @@ def quadratic_losses(error: Tensor, *hessians: Tensor) -> list[float]:
     rows, width = error.shape
     E = error.to(compute_dtype())
     totals = [0.0] * len(hessians)
+    grams, products = torch.empty(_STRIP * width, dtype=E.dtype), torch.empty(_STRIP * width)  # one room for all strips
     for i in range(0, width, _STRIP):
-        end = i + _STRIP
-        gram = (E[:, i:end].T @ E[:, :end]).float()
+        end = min(i + _STRIP, width)
+        shape = (end - i, end)
+        gram = torch.mm(E[:, i:end].T, E[:, :end], out=grams[: (end - i) * end].view(shape))
         for k, H in enumerate(hessians):
-            by_column = (gram * H[i:end, :end]).sum(0).double()
+            product = torch.mul(gram, H[i:end, :end], out=products[: (end - i) * end].view(shape))
+            by_column = product.sum(0).double()
             totals[k] += float(2 * by_column[:i].sum() + by_column[i:].sum())  # what is left of the diagonal twice
     return [total / rows for total in totals]
 

@@ -2,7 +2,8 @@
 // 8 x 32 on and below the diagonal.
 //
 // Rows come in pairs, as the dot product of bf16 pairs takes them: 512 rows are packed into panels of 32 columns in which
-// the pairs of one row follow each other (32 KiB; with fewer rows the sums are read and written more often). A tile needs 10 loads for 16 products.
+// the pairs of one row follow each other (32 KiB; with fewer rows the sums are read and written more often). A tile needs
+// 10 loads for 16 products.
 // Products of bf16 values are exact in float; sums are float, in increasing row.
 #pragma once
 

@@ -7,6 +7,7 @@
 
 #include <chrono>
 #include <cstring>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 
@@ -226,9 +227,9 @@ NB_MODULE(_cpu, m) {
         nb::arg("cos"), nb::arg("sin"), nb::arg("isa") = nb::none(), Nogil());
   m.def("gram", [](Address x, int rows, int width, Address sum, std::optional<std::string> isa) {
     const Kernels& k = named(isa);
-    std::vector<uint8_t> scratch(k.gram_scratch(width) + 64);
+    const std::unique_ptr<uint8_t[]> scratch(new uint8_t[k.gram_scratch(width) + 64]);  // not cleared: it is large
     k.gram(at<uint16_t>(x), (size_t)width, rows, width, at<float>(sum),
-           scratch.data() + (64 - (uintptr_t)scratch.data() % 64) % 64);
+           scratch.get() + (64 - (uintptr_t)scratch.get() % 64) % 64);
   }, nb::arg("x"), nb::arg("rows"), nb::arg("width"), nb::arg("sum"), nb::arg("isa") = nb::none(), Nogil());
   // what: 0 descent, 1 the errors of every scale
   m.def("sweep", [](int what, int kind, Address x, Address value, int columns, int out, Address matrix, Address scale,
