@@ -232,7 +232,7 @@ def test_a_server_that_gives_no_log_probabilities_is_refused(tiny: Path, tmp_pat
     text = tmp_path / "t.txt"
     text.write_text("def f(x):\n    return x\n" * 40)
     try:
-        with pytest.raises(InputError, match=r"neither llama-server nor vLLM.*bench works with any server"):
+        with pytest.raises(InputError, match=r"neither llama-server nor vLLM nor lowbit.*bench works with any server"):
             evaluate([server.address], text, against=tiny, seq_len=32)
     finally:
         server.stop()

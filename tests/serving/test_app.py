@@ -6,14 +6,17 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import httpx2
 import openai
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from lowbit.accuracy import evaluate
 from lowbit.runtime.base import Engine
 from lowbit.serving.app import MOST_BODY, Service
 from lowbit.serving.worker import Worker
@@ -52,6 +55,14 @@ def test_a_stream_says_the_same_in_pieces(client: openai.OpenAI) -> None:
     assert pieces[-1].usage.completion_tokens == 20
 
 
+def test_tokens_as_numbers(client: openai.OpenAI, engine: Engine) -> None:
+    words: dict[str, Any] = WORDS | {"extra_body": {"return_token_ids": True}}
+    tokens = [o.token for o in engine.outputs(PROMPT, max_new_tokens=20)]
+    assert client.completions.create(**words).choices[0].model_extra["token_ids"] == tokens  # type: ignore[index]
+    pieces = [p.choices[0].model_extra or {} for p in client.completions.create(**words, stream=True)]
+    assert [t for p in pieces for t in p["token_ids"]] == tokens
+
+
 def test_chats_go_through_the_models_template(client: openai.OpenAI, engine: Engine) -> None:
     words: dict[str, Any] = {"model": "tiny", "messages": CHAT, "temperature": 0, "max_completion_tokens": 12}
     answer = client.chat.completions.create(**words)
@@ -77,6 +88,62 @@ def test_log_probabilities(client: openai.OpenAI, engine: Engine) -> None:
     pieces = client.chat.completions.create(model="tiny", stream=True, **words)
     streamed = [e for p in pieces if (lp := p.choices[0].logprobs) and lp.content for e in lp.content]
     assert [e.logprob for e in streamed] == pytest.approx([e.logprob for e in entries])
+
+
+def test_several_prompts_are_answered_as_one_by_one(client: openai.OpenAI) -> None:
+    prompts = [PROMPT, "import os", "x = 1\ny ="]
+    alone = [client.completions.create(**(WORDS | {"prompt": p})) for p in prompts]
+    together = client.completions.create(**(WORDS | {"prompt": prompts}))
+    assert [c.text for c in together.choices] == [a.choices[0].text for a in alone]
+    assert [c.index for c in together.choices] == [0, 1, 2]
+    assert together.usage is not None
+    assert together.usage.total_tokens == sum(a.usage.total_tokens for a in alone if a.usage)
+
+
+@pytest.mark.parametrize("most", [0, 1, 7])
+def test_a_prompts_own_log_probabilities(client: openai.OpenAI, engine: Engine, most: int) -> None:
+    """As lm-eval asks for them (echo) and as vLLM has them (prompt_logprobs), against the engine's logits."""
+    prompts = [engine.tokenizer(text)["input_ids"] for text in (PROMPT * 12, "import os")]
+    words: dict[str, Any] = {"model": "tiny", "prompt": prompts, "temperature": 0, "max_tokens": most, "logprobs": 2}
+    answer = client.completions.create(**words, echo=True, extra_body={"prompt_logprobs": 3})
+    for tokens, choice in zip(prompts, answer.choices, strict=True):
+        logs = engine.logits(torch.tensor([tokens]))[0].log_softmax(-1)
+        expected = [float(logs[i, t]) for i, t in enumerate(tokens[1:])]
+        said = choice.logprobs
+        assert said is not None
+        assert said.token_logprobs is not None
+        assert said.top_logprobs is not None
+        assert said.token_logprobs[0] is None
+        assert said.token_logprobs[1 : len(tokens)] == pytest.approx(expected, abs=1e-4)
+        assert len(said.token_logprobs) == len(said.tokens or []) == len(tokens) + most
+        best = [max(top.values()) for top in said.top_logprobs[1 : len(tokens)]]
+        assert best == pytest.approx(logs[:-1].max(1).values.tolist(), abs=1e-4)
+        assert choice.text.startswith(engine.tokenizer.decode(tokens, skip_special_tokens=True))
+        by_token = choice.model_extra["prompt_logprobs"]  # type: ignore[index]
+        assert by_token[0] is None
+        assert [e[str(t)]["logprob"] for e, t in zip(by_token[1:], tokens[1:], strict=True)] == pytest.approx(
+            expected, abs=1e-4
+        )
+        assert {len(e) for e in by_token[1:]} <= {3, 4}
+    echoed = client.completions.create(model="tiny", prompt=PROMPT, echo=True, max_tokens=0).choices[0]
+    assert (echoed.text, echoed.logprobs) == (PROMPT, None)
+
+
+def test_accuracy_measured_through_the_server(address: str, tiny: Path, tmp_path: Path) -> None:
+    text = tmp_path / "t.txt"
+    text.write_text("def f(x):\n    return x\n" * 40)
+    words: dict[str, Any] = {"text": text, "against": tiny, "seq_len": 48}
+    direct, served = (evaluate([model], **words)["results"][0] for model in (str(tiny), f"{address}/v1"))
+    assert served["runtime"].startswith("lowbit ")
+    assert served["perplexity"] == pytest.approx(direct["perplexity"], rel=1e-4)
+    assert served["kl"]["mean"] == pytest.approx(direct["kl"]["mean"], rel=0.01)
+
+
+def test_who_leaves_while_a_prompt_is_scored(client: openai.OpenAI, service: Service) -> None:
+    words: dict[str, Any] = {"model": "tiny", "prompt": [[5] * 200] * 50, "max_tokens": 0, "logprobs": 1}
+    with pytest.raises(openai.APITimeoutError):
+        client.with_options(timeout=0.01).completions.create(**words, echo=True)
+    assert settled(service)
 
 
 def test_stop_strings_and_seeds(client: openai.OpenAI) -> None:
@@ -130,15 +197,21 @@ def test_who_leaves_is_not_answered_any_further(client: openai.OpenAI, service: 
         ("completions", {"prompt": 7}, 400, "prompt", "valid string"),
         ("completions", {"prompt": ""}, 400, None, "empty"),
         ("completions", {"prompt": []}, 400, None, "empty"),
-        ("completions", {"prompt": ["a", "b"]}, 400, "prompt", "one a request"),
+        ("completions", {"prompt": ["a", "b"], "stream": True}, 400, "prompt", "one in a stream"),
+        ("completions", {"prompt": ["a"] * 300}, 400, "prompt", "at most 256"),
+        ("completions", {"prompt": ["a", ""]}, 400, None, "empty"),
         ("completions", {"prompt": [999999]}, 400, None, "999999"),
         ("completions", {"prompt": "a " * 5000}, 400, None, "leaves no room"),
         ("completions", {"prompt": "a", "max_tokens": 10**6}, 400, None, "ask for at most"),
-        ("completions", {"prompt": "a", "max_tokens": 0}, 400, "max_tokens", "greater"),
+        ("completions", {"prompt": "a", "max_tokens": 0}, 400, "max_tokens", "with echo"),
+        ("completions", {"prompt": "a", "max_tokens": -1}, 400, "max_tokens", "greater"),
+        ("completions", {"prompt": "a", "prompt_logprobs": 9999}, 400, "prompt_logprobs", "less"),
+        ("completions", {"prompt": [5] * 300, "prompt_logprobs": 1, "max_tokens": 0}, 400, None, "context"),
+        ("completions", {"prompt": [-1, 5], "prompt_logprobs": 1, "max_tokens": 0}, 400, None, "token -1"),
         ("completions", {"prompt": "a", "temperature": -1}, 400, None, "temperature"),
         ("completions", {"prompt": "a", "top_p": 3}, 400, None, "top_p"),
         ("completions", {"prompt": "a", "n": 2}, 400, "n", "one answer"),
-        ("completions", {"prompt": "a", "echo": True}, 400, "echo", "not supported"),
+        ("completions", {"prompt": "a", "echo": True, "stream": True}, 400, "echo", "not in a stream"),
         ("completions", {"prompt": "a", "model": "gpt-5"}, 404, "model", "'gpt-5' is not here"),
         ("chat/completions", {"messages": []}, 400, "messages", "at least 1"),
         ("chat/completions", {"messages": [{"role": "user"}]}, 400, "messages", "required"),
@@ -174,7 +247,8 @@ JSON = st.recursive(
 )
 FIELDS = (
     "prompt", "messages", "stream", "n", "temperature", "top_p", "top_k", "stop", "seed", "logprobs", "max_tokens",
-    "stream_options", "presence_penalty", "repetition_penalty", "logit_bias", "model", "top_logprobs",
+    "stream_options", "echo", "prompt_logprobs", "presence_penalty", "repetition_penalty", "logit_bias", "model",
+    "top_logprobs", "return_token_ids",
 )  # fmt: skip
 
 

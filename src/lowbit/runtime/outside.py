@@ -10,7 +10,7 @@ from lowbit.errors import InputError
 from lowbit.model.checkpoint import Checkpoint
 from lowbit.runtime.base import Engine
 from lowbit.runtime.llama_python import LlamaCppEngine
-from lowbit.runtime.served import MOST_TOP, VLLM, LlamaCpp, ServedEngine
+from lowbit.runtime.served import MOST_TOP, VLLM, LlamaCpp, Lowbit, ServedEngine
 from lowbit.runtime.server import Server, Serving, find_program
 
 _CONTEXT = 4096  # unless the model has less or more is asked for
@@ -93,12 +93,13 @@ def attach(url: str, checkpoint: Checkpoint) -> ServedEngine:
         return ServedEngine(checkpoint, LlamaCpp(base))
     models = get_object(f"{base}/v1/models") or {}
     try:
-        model = str(models["data"][0]["id"])
-    except (LookupError, TypeError) as error:
+        model, owner = str(models["data"][0]["id"]), models["data"][0].get("owned_by")
+    except (LookupError, TypeError, AttributeError) as error:
         raise InputError(f"{base}: neither llama-server nor an OpenAI-compatible server (no /v1/models).") from error
     if get_object(f"{base}/version") is None:
         raise InputError(
-            f"{base}: this server ({model}) is neither llama-server nor vLLM, and the OpenAI interface does not give "
-            "the log-probabilities of a text, without which accuracy cannot be measured. bench works with any server."
+            f"{base}: this server ({model}) is neither llama-server nor vLLM nor lowbit, and the OpenAI interface does "
+            "not give the log-probabilities of a text, without which accuracy cannot be measured. bench works with any "
+            "server."
         )
-    return ServedEngine(checkpoint, VLLM(base, model))
+    return ServedEngine(checkpoint, (Lowbit if owner == "lowbit" else VLLM)(base, model))

@@ -204,7 +204,13 @@ class VLLM(Dialect):
         except (LookupError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{post.url}: this server does not give the log-probabilities of a prompt (prompt_logprobs), without "
-                "which accuracy cannot be measured. vLLM and llama-server do."
+                "which accuracy cannot be measured. lowbit's, vLLM and llama-server do."
             ) from error
         width = max(map(len, found))
         return torch.tensor([row + row[:1] * (width - len(row)) for row in found], dtype=torch.float64)
+
+
+class Lowbit(VLLM):
+    """`lowbit serve`, which takes vLLM's additions."""
+
+    name = "lowbit"

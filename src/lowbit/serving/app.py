@@ -20,7 +20,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from lowbit.environment import installed
 from lowbit.errors import InputError, LowbitError
+from lowbit.runtime.sampling import SamplingParams
 from lowbit.serving.protocol import (
     Answering,
     ApiError,
@@ -29,6 +31,7 @@ from lowbit.serving.protocol import (
     checked,
     event,
     parse,
+    total,
 )
 from lowbit.serving.selections import Full, Selections
 from lowbit.serving.worker import Busy, Reply, Worker
@@ -61,6 +64,7 @@ class Service:
 def make_app(service: Service) -> Starlette:
     routes = [
         Route("/health", _bind(service, health)),
+        Route("/version", _bind(service, _guarded(version))),
         Route("/v1/models", _bind(service, _guarded(models))),
         Route("/v1/chat/completions", _bind(service, _guarded(chat)), methods=["POST"]),
         Route("/v1/completions", _bind(service, _guarded(complete)), methods=["POST"]),
@@ -147,6 +151,10 @@ async def health(service: Service, _request: Request) -> Response:
     return JSONResponse({"status": "ok" if failure is None else failure}, 200 if failure is None else 503)
 
 
+async def version(_service: Service, _request: Request) -> Response:
+    return JSONResponse({"version": installed("lowbit")})
+
+
 async def models(service: Service, _request: Request) -> Response:
     engine = service.worker.engine
     entry = {"id": service.name, "object": "model", "created": 0, "owned_by": "lowbit",
@@ -167,8 +175,43 @@ async def _answer(service: Service, request: Request, asked: ChatRequest | TextR
         message = f"the model {asked.model!r} is not here; this server has {service.name!r}."
         raise ApiError(404, message, param="model", code="model_not_found")
     worker = service.worker
-    tokens, params = await run_in_threadpool(checked, asked, worker.tokenizer)
-    replies: asyncio.Queue[Reply] = asyncio.Queue()
+    prompts, params = await run_in_threadpool(checked, asked, worker.tokenizer)
+    text = asked if isinstance(asked, TextRequest) else None
+    top = None if text is None else text.top
+    answers: list[Answering] = []
+    async with contextlib.AsyncExitStack() as stack:
+        waiting = []
+        for tokens in prompts:
+            echo, more = (False, None) if text is None else (text.echo, text.prompt_logprobs)
+            words = (service.name, tokens, worker.tokenizer, worker.end, len(answers), echo, more)
+            answers.append(Answering(text is None, *words, token_ids=asked.return_token_ids))
+            if params is None and top is None:
+                continue  # an echo
+            replies, cancel = _asked(worker, tokens, params, top)
+            stack.callback(cancel)  # harmless where it has ended
+            waiting.append((answers[-1], replies))
+        if asked.stream:
+            ((answering, replies),) = waiting
+            first = await _next(replies, request)
+            stack.pop_all()
+            usage = asked.stream_options is not None and asked.stream_options.include_usage
+            pieces = _pieces(answering, first, replies, cancel, usage)
+            return StreamingResponse(pieces, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        for answering, replies in waiting:
+            while not _ends(answering, await _next(replies, request)):
+                pass
+    choices = await run_in_threadpool(lambda: [a.choice() for a in answers])
+    return JSONResponse(answers[0].document(choices) | {"usage": total([a.usage() for a in answers])})
+
+
+Replies = asyncio.Queue[Reply]
+
+
+def _asked(
+    worker: Worker, tokens: list[int], params: SamplingParams | None, top: int | None
+) -> tuple[Replies, Callable[[], None]]:
+    """What the worker will say, and what cancels it. Raises ApiError."""
+    replies: Replies = asyncio.Queue()
     loop = asyncio.get_running_loop()
 
     def deliver(reply: Reply) -> None:
@@ -176,33 +219,14 @@ async def _answer(service: Service, request: Request, asked: ChatRequest | TextR
             loop.call_soon_threadsafe(replies.put_nowait, reply)
 
     try:
-        cancel = worker.ask(tokens, params, deliver)
+        return replies, worker.ask(tokens, params, deliver, top)
     except Busy as error:
         raise ApiError(503, str(error), kind="overloaded_error") from error
     except LowbitError as error:
         raise ApiError(503, str(error), kind="server_error") from error
-    is_chat = isinstance(asked, ChatRequest)
-    answering = Answering(is_chat, service.name, len(tokens), worker.tokenizer, worker.end)
-    try:
-        first = await _next(replies, request)
-    except BaseException:
-        cancel()
-        raise
-    if asked.stream:
-        usage = asked.stream_options is not None and asked.stream_options.include_usage
-        pieces = _pieces(answering, first, replies, cancel, usage)
-        return StreamingResponse(pieces, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-    try:
-        reply = first
-        while not _ends(answering, reply):
-            reply = await _next(replies, request)
-    except BaseException:
-        cancel()
-        raise
-    return JSONResponse(answering.whole())
 
 
-async def _next(replies: "asyncio.Queue[Reply]", request: Request) -> Reply:
+async def _next(replies: Replies, request: Request) -> Reply:
     """The next reply that is no error. Raises ApiError, also where the client has left meanwhile."""
     while True:
         try:
@@ -220,13 +244,15 @@ async def _next(replies: "asyncio.Queue[Reply]", request: Request) -> Reply:
 
 
 def _ends(answering: Answering, reply: Reply) -> bool:
-    assert reply.output is not None
-    answering.add(reply.output, reply.cached_tokens)
-    return reply.output.finish is not None
+    if reply.scores is not None:
+        answering.expected(reply.scores)
+    if reply.output is not None:
+        answering.add(reply.output, reply.cached_tokens)
+    return reply.last
 
 
 async def _pieces(
-    answering: Answering, reply: Reply, replies: "asyncio.Queue[Reply]", cancel: Callable[[], None], usage: bool
+    answering: Answering, reply: Reply, replies: Replies, cancel: Callable[[], None], usage: bool
 ) -> AsyncIterator[bytes]:
     """The events of a stream. The generator is closed when the client leaves, and the request with it."""
     try:
