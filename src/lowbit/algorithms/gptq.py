@@ -97,8 +97,8 @@ def feedback(
     scale_dtype: torch.dtype,
 ) -> QuantizedTensor:
     """Column by column in `order`: round weight (out, in) float32 and let later columns repair the damage. `factor` is
-    of the Hessian in that order, `diagonal` (in,) the Hessian's own. Columns are worked on as rows of a transposed
-    block, to lie in one piece."""
+    of the Hessian in that order, `diagonal` (in,) the Hessian's own. The weight is worked on transposed, a column in
+    one piece."""
     grouped = (
         scheme.granularity == "group" and scheme.kind != "learned"
     )  # a table is learned for the scales as they are
@@ -112,22 +112,24 @@ def feedback(
     block = max(settings.block_size // width, 1) * width  # lazy blocks hold whole groups
 
     searched = grouped and settings.scale_search
-    wanted, W_hat = weight[:, order], torch.empty_like(weight)  # what a column is rounded to: its weights, and repairs
-    for start in range(0, wanted.shape[1], block):
-        end = min(start + block, wanted.shape[1])
-        columns, N, D = order[start:end], factor.N[start:end, start:end], factor.D[start:end]
-        W = weight[:, columns].T.contiguous()  # (block, out)
-        values, repairs = W.clone(), wanted[:, start:end].T.contiguous().sub_(W)
+    W = weight.T.clone(memory_format=torch.contiguous_format)  # (in, out), rounded as the columns are
+    del weight
+    wanted = W[order]  # what they are rounded to: the weights, and repairs
+    for start in range(0, len(wanted), block):
+        here, later = slice(start, start + block), slice(start + block, None)
+        columns, N, D = order[here], factor.N[here, here], factor.D[here]
+        before = W[columns]
+        values, repairs = before.clone(), wanted[here].sub_(before)
         for i in range(0, len(columns), width if searched else len(columns)):
-            here = slice(i, i + width if searched else None)
+            group, after = slice(i, i + width if searched else None), slice(i + width, None)
             if searched:
-                grid.search(int(columns[i]), (W[here] + repairs[here]).T.contiguous(), D[here])
-            descend(values[here], repairs[here], N[here, here], grid.of(columns[here]))
+                grid.search(int(columns[i]), (values[group] + repairs[group]).T.contiguous(), D[group])
+            descend(values[group], repairs[group], N[group, group], grid.of(columns[group]))
             if searched:
-                repairs[i + width :].addmm_(N[here, i + width :].T, W[here] - values[here])
-        W_hat[:, columns] = values.T
-        wanted[:, end:].addmm_((W - values).T, factor.N[start:end, end:])
-    return grid.codes(W_hat)
+                repairs[after].addmm_(N[group, after].T, before[group] - values[group])
+        W[columns] = values
+        wanted[later].addmm_(factor.N[here, later].T, before.sub_(values))
+    return grid.codes(W.T.contiguous())
 
 
 def alive(H: Tensor) -> Tensor:
@@ -254,24 +256,23 @@ def refine(weight: Tensor, quantized: QuantizedTensor, H: Tensor, sweeps: int = 
     scheme = quantized.scheme
     plain = replace(quantized, tensor_scale=None, rotation=None)
     grid = Columns(quantized.scale, quantized.zero_point, scheme, weight.shape, quantized.table)
-    W, W_hat = weight.float(), plain.dequantize()
-    columns, grouped = torch.arange(W_hat.shape[1]), scheme.granularity == "group"
+    W, W_hat = weight.float().T.contiguous(), plain.dequantize().T.contiguous()  # (in, out)
+    columns, grouped = torch.arange(len(W)), scheme.granularity == "group"
     block = max(128 // grid.columns, 1) * grid.columns if grouped else 128
     for _ in range(sweeps):
         if scheme.granularity == "channel":
             _refit_channels(W, W_hat, H, grid)
         E = (W - W_hat).to(compute_dtype())
-        for start in range(0, W_hat.shape[1], block):
-            here = slice(start, min(start + block, W_hat.shape[1]))
-            values, H1 = W_hat[:, here].T.contiguous(), H[here, here]  # (block, out), (block, block)
-            G = (H[here].to(E.dtype) @ E.T).float()
+        for start in range(0, len(W), block):
+            here = slice(start, start + block)
+            values, H1 = W_hat[here], H[here, here]  # (block, out), (block, block)
+            G = (H[here].to(E.dtype) @ E).float()
             if grouped:
                 for k in range(0, len(values), grid.columns):
                     _refit_group(values, G, H1, grid, start, slice(k, k + grid.columns))
             descend(values, G, H1, grid.of(columns[here]))
-            W_hat[:, here] = values.T
-            E[:, here] = W[:, here] - W_hat[:, here]
-    return replace(grid.codes(W_hat), tensor_scale=quantized.tensor_scale, rotation=quantized.rotation)
+            E[here] = W[here] - values
+    return replace(grid.codes(W_hat.T.contiguous()), tensor_scale=quantized.tensor_scale, rotation=quantized.rotation)
 
 
 def _refit_group(values: Tensor, G: Tensor, H1: Tensor, grid: Columns, start: int, group: slice) -> None:
@@ -286,11 +287,11 @@ def _refit_group(values: Tensor, G: Tensor, H1: Tensor, grid: Columns, start: in
 
 
 def _refit_channels(W: Tensor, W_hat: Tensor, H: Tensor, grid: Columns) -> None:
-    """The same for scales of whole rows."""
-    codes = W_hat / grid.scale
-    curved = codes @ H
-    step = _scale_step(grid, 0, curvature=(curved * codes).sum(1), slope=((W - W_hat) * curved).sum(1))
-    W_hat += step[:, None] * codes
+    """The same for scales of whole rows; W and W_hat (in, out)."""
+    codes = W_hat / grid.scale[:, 0]
+    curved = H @ codes
+    step = _scale_step(grid, 0, curvature=(curved * codes).sum(0), slope=((W - W_hat) * curved).sum(0))
+    W_hat += step * codes
 
 
 def _scale_step(grid: Columns, k: int, curvature: Tensor, slope: Tensor) -> Tensor:
