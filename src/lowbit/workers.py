@@ -32,7 +32,6 @@ from lowbit.errors import InputError, LowbitError
 T = TypeVar("T")
 _setting = {"workers": 1, "threads": 0}  # threads: torch's number outside `one_thread`, 0 if that is not in force
 _PR_SET_PDEATHSIG = 1
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # memory.py's return_at_once has set them low for the job
 
 
 class WorkerError(LowbitError):
@@ -193,11 +192,7 @@ def _work(pieces: Sequence[Callable[[], Any]], pipe: Connection, parent: int) ->
     status = 1
     try:
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its children
-        c = ctypes.CDLL(None)
-        c.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if hasattr(c, "mallopt"):  # glibc's: memory that a piece has freed is the next one's, and ends with this process
-            c.mallopt(_M_MMAP_THRESHOLD, 32 << 20)
-            c.mallopt(_M_TRIM_THRESHOLD, 32 << 20)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == parent:
             _setting["workers"] = 1
             torch.set_grad_enabled(False)
