@@ -113,7 +113,7 @@ def feedback(
 
     searched = grouped and settings.scale_search
     W = weight.T.clone(memory_format=torch.contiguous_format)  # (in, out), rounded as the columns are
-    del weight
+    del weight  # a copy of a piece is 32 MB
     wanted = W[order]  # what they are rounded to: the weights, and repairs
     for start in range(0, len(wanted), block):
         here, later = slice(start, start + block), slice(start + block, None)
@@ -129,6 +129,7 @@ def feedback(
                 repairs[after].addmm_(N[group, after].T, before[group] - values[group])
         W[columns] = values
         wanted[later].addmm_(factor.N[here, later].T, before.sub_(values))
+    del wanted, before, values, repairs
     return grid.codes(W.T.contiguous())
 
 
@@ -257,6 +258,7 @@ def refine(weight: Tensor, quantized: QuantizedTensor, H: Tensor, sweeps: int = 
     plain = replace(quantized, tensor_scale=None, rotation=None)
     grid = Columns(quantized.scale, quantized.zero_point, scheme, weight.shape, quantized.table)
     W, W_hat = weight.float().T.contiguous(), plain.dequantize().T.contiguous()  # (in, out)
+    del weight
     columns, grouped = torch.arange(len(W)), scheme.granularity == "group"
     block = max(128 // grid.columns, 1) * grid.columns if grouped else 128
     for _ in range(sweeps):
@@ -272,6 +274,7 @@ def refine(weight: Tensor, quantized: QuantizedTensor, H: Tensor, sweeps: int = 
                     _refit_group(values, G, H1, grid, start, slice(k, k + grid.columns))
             descend(values, G, H1, grid.of(columns[here]))
             E[here] = W[here] - values
+    del W, E
     return replace(grid.codes(W_hat.T.contiguous()), tensor_scale=quantized.tensor_scale, rotation=quantized.rotation)
 
 
