@@ -31,7 +31,7 @@ from lowbit.recipe import Recipe
 from lowbit.trial import Passing, Rounding, value_seconds
 
 SMALL = 2e12  # multiplications of the forward passes below which a job is over before it is worth a forecast
-_HANDLING = 60  # operations on single values for each weight
+_HANDLING = 40  # operations on single values for each weight
 _LOSSES = 3  # of the method's result, of plain RTN's, and what they are relative to
 _LEARNING_PASSES = 4  # forward, backward by inputs and by weights, and the original's forward
 _FILES = 0.03  # seconds a file: to write, to make sure it is on the disk, to read it back
