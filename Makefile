@@ -86,7 +86,7 @@ interop-onnx:
 # litert-torch wants older versions of what constraints.txt names, so these are not used.
 interop-litert:
 	$(PYTHON) -m venv build/interop-litert
-	build/interop-litert/bin/python -m pip install --quiet --disable-pip-version-check pytest torch==2.13.0 \
+	build/interop-litert/bin/python -m pip install --quiet --disable-pip-version-check pytest pytest-timeout hypothesis torch==2.13.0 \
 	    litert-torch==0.10.0 ai-edge-quantizer==0.10.0 ai-edge-litert==2.3.0 -e '.[litert]'
 	build/interop-litert/bin/python -m pytest tests/exporting/test_phones.py
 

@@ -20,7 +20,7 @@ from lowbit.errors import InputError
 from lowbit.exporting import export
 from lowbit.model.checkpoint import DEMO
 
-HAS = {name: importlib.util.find_spec(name) is not None for name in ("onnxscript", "litert_torch")}
+HAS = {name: importlib.util.find_spec(name) is not None for name in ("onnx", "onnxscript", "litert_torch")}
 needs_onnxscript = pytest.mark.skipif(not HAS["onnxscript"], reason="make interop-onnx")
 needs_litert = pytest.mark.skipif(not HAS["litert_torch"], reason="make interop-litert")
 SIZE = 64
@@ -152,6 +152,7 @@ def test_what_litert_cannot_take_is_refused(
     assert (tmp_path / "out.tflite").read_text() == "mine"
 
 
+@pytest.mark.skipif(not HAS["onnx"], reason="make interop-onnx")
 def test_images_that_do_not_fit_are_refused(mobilenet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(InputError, match=r"onnxscript.*pip install 'lowbit\[onnx\]'"):
