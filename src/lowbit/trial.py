@@ -36,6 +36,7 @@ WIDEST = 2048  # columns of a slice that is rounded; wider ones are extrapolated
 _FEW = 128  # rows of the smaller slice
 _WEIGHTS = 1 << 21  # of the larger one
 _WORK = 3e10  # multiplications of the block's pass: a second of one core
+_TURNS = 4  # batches a thread, where that is little work: what a walk begins with is shared by many in the job
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,16 @@ class Passing:
     def measured(
         net: PreTrainedModel, blocks: Blocks, source: Source, tokens: Tensor, batch: int, threads: int
     ) -> "Passing":
-        """`tokens` (windows, length): the first ones go through the block as they will in the job, a batch a thread,
-        fewer and shorter ones where that would take long."""
+        """`tokens` (windows, length): the first ones go through the block as they will in the job, a few batches a
+        thread, fewer and shorter ones where that would take long."""
         dtype = compute_dtype()
         name = blocks.names[0]
         weights = sum(m.weight.numel() for m in linears(net.get_submodule(name)).values())
         most = max(int(_WORK * threads / max(weights, 1)), 64)
         length = min(tokens.shape[1], most)
         windows = max(1, min(batch, most // length // threads))
-        batches = list(tokens[: windows * threads, :length].split(windows))
+        turns = max(1, min(_TURNS, most // (windows * threads * length)))
+        batches = list(tokens[: windows * threads * turns, :length].split(windows))
         outside = Outside(net, blocks, source, dtype)
         block = materialize(net, name, source, dtype)
         try:
