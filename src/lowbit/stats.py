@@ -5,7 +5,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit.environment import compute_dtype
 from lowbit.kernels.ops import add_gram
 
 _CHUNK_ROWS = 2048
@@ -101,20 +100,19 @@ class Rows:
 
     def loss(self, error: Tensor) -> float:
         """mean over output channels and rows of (e x)², for error (out, in)."""
-        E, total = error.to(compute_dtype()), 0.0
+        E, total = error.float(), 0.0
         for chunk in torch.cat(self.kept).split(_LOSS_ROWS):
-            total += float((E @ chunk.to(E.dtype).T).float().square().sum(dtype=torch.float64))
+            total += float((E @ chunk.float().T).square().sum(dtype=torch.float64))
         return total / len(E) / sum(len(k) for k in self.kept)
 
 
 def quadratic_losses(error: Tensor, *hessians: Tensor) -> list[float]:
     """mean over output channels of e H eᵀ for each symmetric H (in, in), for error (out, in): mean squared errors.
 
-    Σ e H eᵀ = ⟨EᵀE, H⟩: one product of half the cost of E H serves every H. It is made a strip at a time, in bfloat16
-    where the CPU has it: the roundings of so many entries leave about 1e-4 of the sum.
+    Σ e H eᵀ = ⟨EᵀE, H⟩: one product of half the cost of E H serves every H. It is made a strip at a time.
     """
     rows, width = error.shape
-    E = error.to(compute_dtype())
+    E = error.float()
     totals = [0.0] * len(hessians)
     grams, products = torch.empty(_STRIP * width, dtype=E.dtype), torch.empty(_STRIP * width)  # one room for all strips
     for i in range(0, width, _STRIP):

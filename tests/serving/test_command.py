@@ -31,7 +31,10 @@ def start() -> Iterator[Callable[..., Started]]:
         environment = {k: v for k, v in os.environ.items() if k != "LOWBIT_API_KEY"}
         environment |= {} if key is None else {"LOWBIT_API_KEY": key}
         command = [sys.executable, "-m", "lowbit", "serve", *words, "--port", "0"]
-        made = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True)
+        made = subprocess.Popen(
+            command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell's background jobs ignore it
+        )  # fmt: skip
         processes.append(made)
         assert made.stderr is not None
         line = ""

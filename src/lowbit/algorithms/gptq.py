@@ -35,6 +35,7 @@ from lowbit.tensor import QuantizedTensor, join_rows, row_pieces
 from lowbit.workers import every_thread, side_by_side
 
 _SWAPPED = 1 << 20  # numbers
+_OFF = 0.02  # of the slopes
 WORTH_FORKING = 1 << 21  # weights: with fewer, starting processes takes longer than half the work
 
 
@@ -252,7 +253,7 @@ def refine(weight: Tensor, quantized: QuantizedTensor, H: Tensor, sweeps: int = 
 
     `weight` is what the codes stand for before the tensor's own scale and rotation, if there are any. The slopes H Eᵀ
     of a block of columns are made when it is reached: one product of H's size a sweep, in bfloat16 where the CPU has it
-    (they choose between neighbouring codes, which 8 bits of them decide nearly as well: docs/experiments.md).
+    and that changes them little (they choose between neighbouring codes; docs/experiments.md).
     """
     scheme = quantized.scheme
     plain = replace(quantized, tensor_scale=None, rotation=None)
@@ -264,7 +265,7 @@ def refine(weight: Tensor, quantized: QuantizedTensor, H: Tensor, sweeps: int = 
     for _ in range(sweeps):
         if scheme.granularity == "channel":
             _refit_channels(W, W_hat, H, grid)
-        E = (W - W_hat).to(compute_dtype())
+        E = _coarse(H, W - W_hat)
         for start in range(0, len(W), block):
             here = slice(start, start + block)
             values, H1 = W_hat[here], H[here, here]  # (block, out), (block, block)
@@ -276,6 +277,16 @@ def refine(weight: Tensor, quantized: QuantizedTensor, H: Tensor, sweeps: int = 
             E[here] = W[here] - values
     del W, E
     return replace(grid.codes(W_hat.T.contiguous()), tensor_scale=quantized.tensor_scale, rotation=quantized.rotation)
+
+
+def _coarse(H: Tensor, E: Tensor) -> Tensor:
+    """E (in, out) in bfloat16 if its slopes H E may be computed in that: where the CPU has it, and where large products
+    do not cancel, as they do under inputs with a large mean. 64 rows of H tell."""
+    rough = E.to(compute_dtype())
+    rows = H[:: max(len(H) // 64, 1)]
+    exact = rows @ E
+    off = (rows.to(rough.dtype) @ rough).float() - exact
+    return rough if bool(off.norm() <= _OFF * exact.norm()) else E
 
 
 def _refit_group(values: Tensor, G: Tensor, H1: Tensor, grid: Columns, start: int, group: slice) -> None:
