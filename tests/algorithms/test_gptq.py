@@ -135,15 +135,20 @@ def test_slopes_in_bfloat16_find_what_those_in_float32_find(text: str, monkeypat
     assert losses[torch.bfloat16] < losses[torch.float32] + 0.1 * gained
 
 
-def test_slopes_that_cancel_stay_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Under a mean a hundred times the spread, an error that keeps the mean has slopes that bfloat16 cannot see."""
-    monkeypatch.setattr(sys.modules["lowbit.algorithms.gptq"], "compute_dtype", lambda: torch.bfloat16)
-    x = 100 + torch.randn(2000, 256, generator=torch.Generator().manual_seed(0))
+def test_slopes_that_cancel_are_made_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a mean a thousand times the spread, what is left of slopes is beyond bfloat16."""
+    module = sys.modules["lowbit.algorithms.gptq"]
+    x = 1000 + torch.randn(2000, 256, generator=torch.Generator().manual_seed(0))
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(1)) * 0.05
-    H, before = x.T @ x / len(x), GPTQSettings(sweeps=0)
-    quantized, _ = gptq(weight, H, grid("w3a16-g64"), before, torch.bfloat16)
-    better = refine(weight, quantized, H, 2)
-    assert loss(weight, better, H) < loss(weight, quantized, H)
+    H = x.T @ x / len(x)
+    quantized, _ = gptq(weight, H, grid("w3a16-g64"), GPTQSettings(sweeps=0), torch.bfloat16)
+    losses = {}
+    for dtype, off in ((torch.float32, 0.1), (torch.bfloat16, 0.1), (torch.bfloat16, torch.inf)):
+        monkeypatch.setattr(module, "compute_dtype", lambda dtype=dtype: dtype)
+        monkeypatch.setattr(module, "_OFF", off)
+        losses[dtype, off] = loss(weight, refine(weight, quantized, H, 2), H)
+    assert losses[torch.bfloat16, 0.1] < 1.1 * losses[torch.float32, 0.1]
+    assert losses[torch.bfloat16, torch.inf] > 1.3 * losses[torch.float32, 0.1]  # what the sample is for
 
 
 def test_refine_leaves_its_arguments_alone() -> None:

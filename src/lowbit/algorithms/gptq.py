@@ -35,7 +35,7 @@ from lowbit.tensor import QuantizedTensor, join_rows, row_pieces
 from lowbit.workers import every_thread, side_by_side
 
 _SWAPPED = 1 << 20  # numbers
-_OFF = 0.02  # of the slopes
+_OFF = 0.1  # of the slopes
 WORTH_FORKING = 1 << 21  # weights: with fewer, starting processes takes longer than half the work
 
 
