@@ -114,7 +114,7 @@ def quadratic_losses(error: Tensor, *hessians: Tensor) -> list[float]:
     rows, width = error.shape
     E = error.float()
     totals = [0.0] * len(hessians)
-    grams, products = torch.empty(_STRIP * width, dtype=E.dtype), torch.empty(_STRIP * width)  # one room for all strips
+    grams, products = torch.empty(2, _STRIP * width)  # one room for all strips
     for i in range(0, width, _STRIP):
         end = min(i + _STRIP, width)
         shape = (end - i, end)

@@ -11,12 +11,12 @@ from lowbit.errors import InputError, LowbitError
 from lowbit.runtime.sampling import (
     SamplingParams,
     distribution,
-    log_probabilities,
     new_rng,
     penalize,
     penalize_counts,
     sample,
     sampling_params,
+    with_log_probabilities,
 )
 
 VOCAB = 500
@@ -155,7 +155,7 @@ def test_log_probabilities_are_the_models_whatever_is_filtered() -> None:
     assert choice.logprob == float(logs[choice.token])
     assert [t for t, _ in choice.top] == logs.topk(4).indices.tolist()
     assert [v for _, v in choice.top] == logs.topk(4).values.tolist()
-    assert len(log_probabilities(row(0, size=3), 0, 100)[1]) == 3
+    assert len(with_log_probabilities(row(0, size=3)[None], [0], 100)[0].top) == 3
 
 
 def test_no_temperature_overflows() -> None:

@@ -14,7 +14,7 @@ from lowbit.model.checkpoint import Checkpoint
 from lowbit.model.load import load_tokenizer
 from lowbit.runtime import conversation
 from lowbit.runtime.answer import Output
-from lowbit.runtime.generate import generate
+from lowbit.runtime.generate import check_tokens, generate
 from lowbit.runtime.sampling import SamplingParams, sampling_params
 
 Message = Mapping[str, str]
@@ -54,12 +54,7 @@ class Engine(ABC):
         Raises InputError if prompt and answer do not fit the context, the prompt is empty or has unknown tokens.
         """
         self._held = []
-        if prompts.numel() == 0:
-            raise InputError("the prompt is empty: give at least one token.")
-        if int(prompts.max()) >= self.vocab_size or int(prompts.min()) < 0:
-            raise InputError(
-                f"the prompt has token {int(prompts.max())}, but the model knows 0 to {self.vocab_size - 1}."
-            )
+        check_tokens(prompts.flatten().tolist(), self.vocab_size)
         if prompts.shape[1] + max_new_tokens > self.context_length:
             raise InputError(
                 f"{prompts.shape[1]} prompt tokens and {max_new_tokens} new ones exceed the model's context of "

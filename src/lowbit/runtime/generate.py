@@ -32,14 +32,19 @@ class Model(Protocol):
     def next_logits(self, tokens: list[int], rows: int, logits: bool) -> tuple[Tensor | None, list[int]]: ...
 
 
-def check_prompt(prompt: Sequence[int], vocab_size: int, limit: int, params: SamplingParams, what: str) -> int:
-    """How many tokens the answer may have. Raises InputError for a prompt that cannot be answered within `limit`
-    tokens, which is the size of `what`."""
+def check_tokens(prompt: Sequence[int], vocab_size: int) -> None:
+    """Raises InputError for a prompt that is empty or has unknown tokens."""
     if not prompt:
         raise InputError("the prompt is empty: give at least one token.")
     unknown = next((t for t in prompt if not 0 <= t < vocab_size), None)
     if unknown is not None:
         raise InputError(f"the prompt has token {unknown}, but the model knows 0 to {vocab_size - 1}.")
+
+
+def check_prompt(prompt: Sequence[int], vocab_size: int, limit: int, params: SamplingParams, what: str) -> int:
+    """How many tokens the answer may have. Raises InputError for a prompt that cannot be answered within `limit`
+    tokens, which is the size of `what`."""
+    check_tokens(prompt, vocab_size)
     room = limit - len(prompt)
     if room < 1:
         raise InputError(

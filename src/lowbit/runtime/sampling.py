@@ -159,7 +159,7 @@ def sample(
         token = int(tokens[draw(probabilities, rng)])
     if params.logprobs is None:
         return Choice(token)
-    return Choice(token, *log_probabilities(row, token, params.logprobs))
+    return with_log_probabilities(row[None], [token], params.logprobs)[0]
 
 
 def penalize(row: Tensor, history: Sequence[int], penalty: float) -> Tensor:
@@ -215,9 +215,10 @@ def draw(probabilities: Tensor, rng: np.random.Generator) -> int:
     return min(found, len(edges) - 1)
 
 
-def log_probabilities(row: Tensor, token: int, n: int) -> tuple[float, tuple[tuple[int, float], ...]]:
-    """log softmax of the chosen token, and of the n most likely tokens, in nats."""
-    logs = row.log_softmax(0)
-    top = logs.topk(min(n, len(logs)))
-    pairs = zip(top.indices.tolist(), top.values.tolist(), strict=True)
-    return float(logs[token]), tuple(pairs)
+def with_log_probabilities(logits: Tensor, tokens: Sequence[int], n: int) -> list[Choice]:
+    """Each row's (rows, vocabulary) chosen token with its log softmax, in nats, and those of the n likeliest tokens."""
+    logs = logits.log_softmax(-1)
+    own = logs.gather(1, torch.tensor(tokens)[:, None])[:, 0]
+    top = logs.topk(min(n, logs.shape[1]))
+    rows = zip(tokens, own.tolist(), top.indices.tolist(), top.values.tolist(), strict=True)
+    return [Choice(token, log, tuple(zip(*pairs, strict=True))) for token, log, *pairs in rows]

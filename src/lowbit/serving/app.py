@@ -23,16 +23,8 @@ from starlette.routing import Route
 from lowbit.environment import installed
 from lowbit.errors import InputError, LowbitError
 from lowbit.runtime.sampling import SamplingParams
-from lowbit.serving.protocol import (
-    Answering,
-    ApiError,
-    ChatRequest,
-    TextRequest,
-    checked,
-    event,
-    parse,
-    total,
-)
+from lowbit.serving.answers import Answering, event, total
+from lowbit.serving.requests import ApiError, ChatRequest, TextRequest, checked, parse
 from lowbit.serving.selections import Full, Selections
 from lowbit.serving.worker import Busy, Reply, Worker
 
@@ -176,20 +168,17 @@ async def _answer(service: Service, request: Request, asked: ChatRequest | TextR
         raise ApiError(404, message, param="model", code="model_not_found")
     worker = service.worker
     prompts, params = await run_in_threadpool(checked, asked, worker.tokenizer)
-    text = asked if isinstance(asked, TextRequest) else None
-    top = None if text is None else text.top
-    answers: list[Answering] = []
-    async with contextlib.AsyncExitStack() as stack:
+    answers = [
+        Answering(asked, service.name, tokens, worker.tokenizer, worker.end, i) for i, tokens in enumerate(prompts)
+    ]
+    with contextlib.ExitStack() as stack:
         waiting = []
-        for tokens in prompts:
-            echo, more = (False, None) if text is None else (text.echo, text.prompt_logprobs)
-            words = (service.name, tokens, worker.tokenizer, worker.end, len(answers), echo, more)
-            answers.append(Answering(text is None, *words, token_ids=asked.return_token_ids))
-            if params is None and top is None:
-                continue  # an echo
-            replies, cancel = _asked(worker, tokens, params, top)
+        for answering in answers:
+            if params is None and asked.top is None:
+                break  # an echo: there is nothing to compute
+            replies, cancel = _asked(worker, answering.prompt, params, asked.top)
             stack.callback(cancel)  # harmless where it has ended
-            waiting.append((answers[-1], replies))
+            waiting.append((answering, replies))
         if asked.stream:
             ((answering, replies),) = waiting
             first = await _next(replies, request)
@@ -208,7 +197,7 @@ Replies = asyncio.Queue[Reply]
 
 
 def _asked(
-    worker: Worker, tokens: list[int], params: SamplingParams | None, top: int | None
+    worker: Worker, tokens: Sequence[int], params: SamplingParams | None, top: int | None
 ) -> tuple[Replies, Callable[[], None]]:
     """What the worker will say, and what cancels it. Raises ApiError."""
     replies: Replies = asyncio.Queue()

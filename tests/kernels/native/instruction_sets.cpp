@@ -194,35 +194,35 @@ static void check_grams(const Kernels& k, const Kernels& oracle) {
 // Every operation of a sweep is fixed to the last bit, so the results are equal, not near.
 static void check_sweeps(const Kernels& k, const Kernels& oracle) {
   for (int kind = 0; kind < 4; ++kind)  // integers, table, fp8, integers with zero points
-      for (int columns : {1, 5, 128})
-        for (int out : {1, 64, 70}) {
-          const int scales = 2, entries = kind == 1 ? 6 : 0;
-          std::vector<float> matrix = floats((size_t)columns * columns, kRandom), scale = floats((size_t)scales * out, kRandom);
-          std::vector<float> zero((size_t)scales * out, 3.f), table((size_t)entries * out);
-          std::vector<int32_t> index(columns);
-          for (int i = 0; i < columns; ++i) {
-            index[i] = i % scales;
-            for (int j = 0; j < columns; ++j) matrix[(size_t)i * columns + j] *= 1.f / columns;
-            matrix[(size_t)i * columns + i] = 1.f;
-          }
-          for (float& x : scale) x = 0.1f + std::fabs(x);
-          for (size_t i = 0; i < table.size(); ++i) table[i] = (float)(i / out) - 2.5f;
-          std::vector<float> x[2], value[2];
-          x[0] = x[1] = floats((size_t)columns * out, kRandom);
-          value[0] = value[1] = floats((size_t)columns * out, kRandom);
-          for (int i = 0; i < 2; ++i) {
-            Sweep s;
-            s.columns = columns, s.out = out, s.scales = scales, s.entries = entries;
-            s.kind = kind == 3 ? Grid::kInt : (Grid)kind, s.x = x[i].data(), s.value = value[i].data();
-            s.matrix = matrix.data(), s.scale = scale.data(), s.zero = kind == 3 ? zero.data() : nullptr;
-            s.index = index.data(), s.table = table.data(), s.lowest = kind == 3 ? 0.f : -8.f, s.highest = kind == 3 ? 15.f : 7.f;
-            const Kernels& each = i ? k : oracle;
-            Bytes scratch(each.sweep_scratch(s));
-            each.sweep(s, scratch.p);
-          }
-          where = std::string(k.name) + " sweep " + std::to_string(kind) + ", " + std::to_string(columns) + " x " + std::to_string(out);
-          near("x", x[0], x[1], 0), near("value", value[0], value[1], 0);
+    for (int columns : {1, 5, 128})
+      for (int out : {1, 64, 70}) {
+        const int scales = 2, entries = kind == 1 ? 6 : 0;
+        std::vector<float> matrix = floats((size_t)columns * columns, kRandom), scale = floats((size_t)scales * out, kRandom);
+        std::vector<float> zero((size_t)scales * out, 3.f), table((size_t)entries * out);
+        std::vector<int32_t> index(columns);
+        for (int i = 0; i < columns; ++i) {
+          index[i] = i % scales;
+          for (int j = 0; j < columns; ++j) matrix[(size_t)i * columns + j] *= 1.f / columns;
+          matrix[(size_t)i * columns + i] = 1.f;
         }
+        for (float& x : scale) x = 0.1f + std::fabs(x);
+        for (size_t i = 0; i < table.size(); ++i) table[i] = (float)(i / out) - 2.5f;
+        std::vector<float> x[2], value[2];
+        x[0] = x[1] = floats((size_t)columns * out, kRandom);
+        value[0] = value[1] = floats((size_t)columns * out, kRandom);
+        for (int i = 0; i < 2; ++i) {
+          Sweep s;
+          s.columns = columns, s.out = out, s.scales = scales, s.entries = entries;
+          s.kind = kind == 3 ? Grid::kInt : (Grid)kind, s.x = x[i].data(), s.value = value[i].data();
+          s.matrix = matrix.data(), s.scale = scale.data(), s.zero = kind == 3 ? zero.data() : nullptr;
+          s.index = index.data(), s.table = table.data(), s.lowest = kind == 3 ? 0.f : -8.f, s.highest = kind == 3 ? 15.f : 7.f;
+          const Kernels& each = i ? k : oracle;
+          Bytes scratch(each.sweep_scratch(s));
+          each.sweep(s, scratch.p);
+        }
+        where = std::string(k.name) + " sweep " + std::to_string(kind) + ", " + std::to_string(columns) + " x " + std::to_string(out);
+        near("x", x[0], x[1], 0), near("value", value[0], value[1], 0);
+      }
 }
 
 static void check_norms(const Kernels& k, const Kernels& oracle) {
