@@ -1,9 +1,13 @@
-"""Small real things to test on: a random Llama in a directory, a tokenizer, text. No network, one thread."""
+"""Small real things to test on: a random Llama in a directory, a tokenizer, text, a server. No network,
+one thread."""
 
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +17,14 @@ import torch
 # Where there is no GPU, Triton's kernels run in its interpreter; decided before anything (transformers) imports Triton.
 os.environ["TRITON_INTERPRET"] = "0" if torch.cuda.is_available() else "1"
 
+import uvicorn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils import logging as transformers_logging
 
 from lowbit.console import set_verbosity
 from lowbit.model.checkpoint import DEMO
+from lowbit.serving.app import Service, make_app
+from lowbit.serving.listen import listening
 
 os.environ["TOKENIZERS_PARALLELISM"] = "false"  # some tests fork
 torch.set_num_threads(1)
@@ -86,3 +93,24 @@ def edit_json() -> Callable[..., None]:
         file.write_text(json.dumps(json.loads(file.read_text()) | words))
 
     return edit
+
+
+@contextlib.contextmanager
+def _serving(service: Service) -> Iterator[str]:
+    """The address of a real server on a free port, in this process, that runs within."""
+    with listening("127.0.0.1", 0) as socket:
+        server = uvicorn.Server(uvicorn.Config(make_app(service), log_level="warning", timeout_graceful_shutdown=2))
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [socket]}, daemon=True)
+        thread.start()
+        while not server.started:
+            time.sleep(0.01)
+        try:
+            yield f"http://127.0.0.1:{socket.getsockname()[1]}"
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="session")
+def serve() -> Callable[[Service], contextlib.AbstractContextManager[str]]:
+    return _serving

@@ -3,15 +3,13 @@
 import json
 import random
 import shutil
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from scipy import stats
 
 from lowbit.accuracy import evaluate
@@ -21,8 +19,9 @@ from lowbit.cli.measure import task_table
 from lowbit.errors import InputError
 from lowbit.model.checkpoint import DEMO
 from lowbit.pipeline import quantize
-from lowbit.runtime.base import Engine
 from lowbit.runtime.engine import load
+from lowbit.serving.app import Service
+from lowbit.serving.worker import Worker
 
 HARNESS = "needs lm-eval: pip install 'lowbit[tasks]'"
 CHOICE = """
@@ -123,53 +122,20 @@ def test_the_harness_own_backend_agrees(tasks: Path) -> None:
     assert "next_line" in task_table(document)
 
 
-def logprobs_of(engine: Engine, tokens: list[int]) -> dict[str, Any]:
-    """What /v1/completions says of a prompt that is echoed, and of one token more."""
-    logits = engine.logits(torch.tensor([tokens]))[0].log_softmax(-1)
-    told = [float(logits[i, t]) for i, t in enumerate(tokens[1:])]
-    best = [{str(int(row.argmax())): float(row.max())} for row in logits]
-    return {"token_logprobs": [None, *told, max(best[-1].values())], "top_logprobs": [None, *best]}
-
-
 @pytest.fixture
-def server() -> Iterator[str]:
-    """The demo model behind an OpenAI-compatible server that echoes log-probabilities."""
-    engine = load("demo", "float32")
-
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *_args: Any) -> None: ...
-
-        def reply(self, value: Any) -> None:
-            self.send_response(200)
-            self.end_headers()
-            self.wfile.write(json.dumps(value).encode())
-
-        def do_GET(self) -> None:
-            self.reply({"data": [{"id": "served"}]})
-
-        def do_POST(self) -> None:
-            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            assert body["model"] == "served"
-            prompts = body["prompt"]
-            if body.get("echo"):
-                answers = [{"logprobs": logprobs_of(engine, p)} for p in prompts]
-            else:
-                words = {"max_new_tokens": body["max_tokens"], "stop": tuple(body["stop"])}
-                answers = [{"text": engine.generate(p, **words)} for p in prompts]
-            self.reply({"choices": [{"index": i} | a for i, a in enumerate(answers)]})
-
-    http = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=http.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
-    yield f"http://127.0.0.1:{http.server_port}"
-    http.shutdown()
-    http.server_close()
+def server(serve: Callable[..., AbstractContextManager[str]]) -> Iterator[str]:
+    """The demo model behind `lowbit serve`."""
+    worker = Worker(load("demo", "float32"))
+    with serve(Service(worker, "served")) as url:
+        yield url
+    worker.stop()
 
 
 @pytest.mark.model
 @pytest.mark.interop
 @pytest.mark.usefixtures("offline")
 def test_a_server_gives_what_the_same_model_gives_here(tasks: Path, server: str) -> None:
-    names = [str(tasks / f"{n}.yaml") for n in ("next", "write")]
+    names = [str(tasks / f"{n}.yaml") for n in ("next", "write", "whole")]
     document = evaluate([server], against="demo", tasks=names, limit=4)
     here, there = document["reference"]["tasks"], document["results"][0]["tasks"]
     assert document["results"][0]["perplexity"] is None
@@ -178,6 +144,8 @@ def test_a_server_gives_what_the_same_model_gives_here(tasks: Path, server: str)
     assert [s["responses"] for s in here["write_line"]["samples"]] == [
         s["responses"] for s in there["write_line"]["samples"]
     ]
+    words = [m["whole_text"]["metrics"]["word_perplexity"]["value"] for m in (here, there)]
+    assert words[0] == pytest.approx(words[1], rel=1e-5)
     for c in document["task_comparisons"]:
         assert c["difference"]["estimate"] == 0
         assert c["mcnemar"]["p_value"] == 1

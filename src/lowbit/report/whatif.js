@@ -48,7 +48,8 @@
   }
 
   const digits = (x, n = 3) => (x === 0 ? "0" : Number(x.toPrecision(n)).toLocaleString("en", { maximumFractionDigits: 8 })).replace("-", "−");
-  const money = (x) => (x < 0 ? "−" : "") + "US$ " + Math.abs(x).toLocaleString("en", { minimumFractionDigits: 2, maximumFractionDigits: 2 });
+  const cents = { minimumFractionDigits: 2, maximumFractionDigits: 2 }, small = { maximumSignificantDigits: 2 };
+  const money = (x) => (x < 0 ? "−" : "") + "US$ " + Math.abs(x).toLocaleString("en", x !== 0 && Math.abs(x) < 1 ? small : cents);
   const time = (x) => (Math.abs(x) < 1 ? `${digits(1e3 * x)} ms` : `${digits(x)} s`);
   const share = (x) => `${x > 0 ? "+" : ""}${digits(100 * x)} %`;
   const size = (x) => (Math.abs(x) < 1e9 ? `${digits(x / 1e6)} MB` : `${digits(x / 1e9)} GB`);
