@@ -96,8 +96,10 @@ def test_integer_products(tiny: Path, tmp_path: Path, text_file: Path, scheme: s
     source, made, document = carried(tiny, scheme, tmp_path, **words)
     node, constants, _ = product(made, NAME)
     codes, scales = constants[node.input[1]], constants[f"{NAME}.scales"]
-    assert (node.op_type, codes.dtype) == ("MatMulInteger", np.int8)
-    assert torch.equal(torch.from_numpy(codes.T.astype(np.float32) * scales[:, None]), kept(source))
+    zeros = [constants[name] for name in node.input[2:]]
+    assert (node.op_type, codes.dtype, [z.dtype for z in zeros]) == ("MatMulInteger", np.uint8, [np.uint8] * 2)
+    values = (codes.T.astype(np.float32) - zeros[1]) * scales[:, None]
+    assert torch.equal(torch.from_numpy(values), kept(source))
     assert document["agreement"]["mean_log_probability_difference"] < 0.01
 
 

@@ -25,7 +25,7 @@ from lowbit.exporting.network import PIXELS, compare, open_network, sees_images
 from lowbit.exporting.onnx_graph import Graph, stored_products
 from lowbit.exporting.onnx_image import image_graph, require_onnxscript, run_images
 from lowbit.exporting.onnx_layers import Build
-from lowbit.formats.onnx import CACHE, DATA, MODEL, NBits
+from lowbit.formats.onnx import CACHE, DATA, MODEL, UNSIGNED, NBits
 from lowbit.manifest import copy_small_files
 from lowbit.model.checkpoint import Checkpoint
 from lowbit.model.load import Source, open_source, skeleton
@@ -149,7 +149,7 @@ def _prove(build: Build, path: Path) -> tuple[int, float]:
             )
             found = packed.dequantize(words["K"])
         elif "codes" in tensors:
-            found = tensors["codes"].T.float() * tensors["scales"][:, None]
+            found = (tensors["codes"].T.float() - UNSIGNED) * tensors["scales"][:, None]
         else:
             continue  # the codes are those of a lookup
         count += 1

@@ -93,17 +93,19 @@ def _n_bits(build: Build, x: str, module: str, stored: str, quantized: Quantized
 def _integer_product(build: Build, x: str, module: str, stored: str, quantized: QuantizedTensor, scheme: Scheme) -> str:
     graph, rows = build.graph, f"{stored}.rows_codes"
     codes, scale = _rounded_input(build, x, stored, scheme)
-    if graph.has(rows):  # shared with a lookup
-        weight = graph.op("Transpose", rows, perm=[1, 0])
+    if graph.has(rows):  # shared with a lookup; ONNX Runtime computes it once
+        above = graph.op("Add", graph.cast(rows, torch.float32), graph.number(float(onnx_format.UNSIGNED)))
+        weight = graph.op("Transpose", graph.cast(above, torch.uint8), perm=[1, 0])
     else:
-        weight = graph.weight(f"{stored}.codes", quantized.codes.T)
-    product = graph.cast(graph.op("MatMulInteger", codes, weight, name=module), torch.float32)
+        weight = graph.weight(f"{stored}.codes", onnx_format.unsigned(quantized.codes.T))
+    zero = _zero(graph)
+    product = graph.cast(graph.op("MatMulInteger", codes, weight, zero, zero, name=module), torch.float32)
     step = quantized.step.expand(quantized.shape[0], 1)
     return graph.op("Mul", graph.op("Mul", product, scale), graph.weight(f"{stored}.scales", step.flatten()))
 
 
 def _rounded_input(build: Build, x: str, stored: str, scheme: Scheme) -> tuple[str, str]:
-    """x as int8 codes and its scale: max|token| / 127, or the stored one. Linears that share x share this."""
+    """x as uint8 codes and its scale: max|token| / 127, or the stored one. Linears that share x share this."""
     graph = build.graph
     if scheme.static:
         grid = build.source.input_grid(stored)
@@ -111,16 +113,20 @@ def _rounded_input(build: Build, x: str, stored: str, scheme: Scheme) -> tuple[s
         assert grid.scale is not None
         scale = graph.number(float(grid.scale))
         if (x, scale) not in build._rounded:
-            zero = graph.weight("int8_zero", torch.zeros(1, dtype=torch.int8)[0])
-            build._rounded[x, scale] = graph.op("QuantizeLinear", x, scale, zero), scale
+            build._rounded[x, scale] = graph.op("QuantizeLinear", x, scale, _zero(graph)), scale
         return build._rounded[x, scale]
     if (x, "") not in build._rounded:
         largest = graph.op("ReduceMax", graph.op("Abs", x), graph.ints(-1))
         empty = graph.op("Equal", largest, graph.number(0.0))
         scale = graph.op("Where", empty, graph.number(1.0), graph.op("Div", largest, graph.number(127.0)))
-        codes = graph.op("Round", graph.op("Div", x, scale))
-        build._rounded[x, ""] = graph.cast(codes, torch.int8), scale
+        codes = graph.op("Add", graph.op("Round", graph.op("Div", x, scale)), graph.number(float(onnx_format.UNSIGNED)))
+        build._rounded[x, ""] = graph.cast(codes, torch.uint8), scale
     return build._rounded[x, ""]
+
+
+def _zero(graph: Graph) -> str:
+    """The zero point of both sides of an integer product."""
+    return graph.weight("uint8_zero", torch.tensor(onnx_format.UNSIGNED, dtype=torch.uint8))
 
 
 def lookup(build: Build, ids: str, module: str) -> str:
