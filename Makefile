@@ -102,7 +102,7 @@ neon:
 	$(ARM_KERNELS) -DLOWBIT_ISA=isa_neon -DLOWBIT_ISA_NAME='"neon"' -march=armv8.2-a+dotprod -o $(ARM)/neon.o
 	$(ARM_KERNELS) -DLOWBIT_ISA=isa_neoni8mm -DLOWBIT_ISA_NAME='"neoni8mm"' -march=armv8.2-a+dotprod+i8mm -o $(ARM)/neoni8mm.o
 	$(ARM_CXX) -DLOWBIT_HAVE_NEON -DLOWBIT_HAVE_NEONI8MM -static -pthread tests/kernels/native/instruction_sets.cpp \
-	    $(addprefix src/lowbit/kernels/cpu/,dispatch.cpp pack.cpp pool.cpp decoder.cpp) \
+	    $(addprefix src/lowbit/kernels/cpu/,dispatch.cpp gram.cpp pack.cpp pool.cpp decoder.cpp) \
 	    $(addprefix $(ARM)/,portable.o neon.o neoni8mm.o) -o $(ARM)/check
 	qemu-aarch64 -cpu max $(ARM)/check
 	qemu-aarch64 -cpu cortex-a76 $(ARM)/check

@@ -8,6 +8,7 @@ comparable where an equalization has changed the weights: they are the original 
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,8 +35,11 @@ class Statistics:
     def empty(width: int) -> "Statistics":
         return Statistics(Hessian(width), Rows(width) if width >= WIDE else Hessian(width))
 
-    def update(self, entry: Entry, x: Tensor) -> None:
-        (self.held_out if entry.held_out else self.train).update(x)
+    def update(self, entry: Entry, x: Tensor, threads: int) -> None:
+        if entry.held_out:
+            self.held_out.update(x)
+        else:
+            self.train.update(x, threads)
 
     @staticmethod
     def collect(walk: Walk, k: int, width: int) -> "Statistics":
@@ -43,7 +47,7 @@ class Statistics:
 
         if width >= WIDE:
             total = Statistics.empty(width)
-            walk.in_turn(k, total.update)
+            walk.in_turn(k, partial(total.update, threads=torch.get_num_threads()))
             return total
 
         def gather(inputs: Iterator[tuple[Entry, Tensor]]) -> tuple[Hessian, Hessian]:

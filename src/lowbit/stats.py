@@ -5,12 +5,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lowbit.kernels.ops import add_gram
+from lowbit.environment import compute_dtype
+from lowbit.kernels.ops import add_gram, quadratic_forms
 
 _CHUNK_ROWS = 2048
 _LOSS_ROWS = 256
 _TILE = 128
-_STRIP = 256  # columns of EᵀE made at once
+_LARGE = 1024  # inputs from which on a loss takes time
 
 
 @dataclass
@@ -29,8 +30,8 @@ class Hessian:
     def __post_init__(self) -> None:
         self.sum = torch.zeros(self.width, self.width)  # takes no memory before it is written to
 
-    def update(self, x: Tensor) -> None:
-        """x (..., in), any float dtype."""
+    def update(self, x: Tensor, threads: int = 1) -> None:
+        """x (..., in), any float dtype. `threads` of C++'s; they make no difference to the sum."""
         assert not self.averaged, "the sum has become a mean"
         for chunk in x.reshape(-1, self.width).split(_CHUNK_ROWS):
             finite = torch.isfinite(chunk.sum(1, dtype=torch.float32))
@@ -39,7 +40,7 @@ class Hessian:
                 self.bad_rows += int((~finite).sum())
                 rows = chunk[finite]
             self.rows += len(rows)
-            add_gram(self.sum, rows)
+            add_gram(self.sum, rows, threads)
 
     def merge(self, other: "Hessian") -> None:
         """Add what `other` has seen; its sum may live on as this one's."""
@@ -100,35 +101,27 @@ class Rows:
 
     def loss(self, error: Tensor) -> float:
         """mean over output channels and rows of (e x)², for error (out, in)."""
-        E, total = error.float(), 0.0
+        E, total = _as_multiplied(error), 0.0
         for chunk in torch.cat(self.kept).split(_LOSS_ROWS):
-            total += float((E @ chunk.float().T).square().sum(dtype=torch.float64))
+            outputs = (E @ chunk.to(E.dtype).T).float()
+            total += float(outputs.square().sum(dtype=torch.float64))
         return total / len(E) / sum(len(k) for k in self.kept)
 
 
 def quadratic_losses(error: Tensor, *hessians: Tensor) -> list[float]:
-    """mean over output channels of e H eᵀ for each symmetric H (in, in), for error (out, in): mean squared errors.
-
-    Σ e H eᵀ = ⟨EᵀE, H⟩: one product of half the cost of E H serves every H. It is made a strip at a time.
-    """
-    rows, width = error.shape
-    E = error.float()
-    totals = [0.0] * len(hessians)
-    grams, products = torch.empty(2, _STRIP * width)  # one room for all strips
-    for i in range(0, width, _STRIP):
-        end = min(i + _STRIP, width)
-        shape = (end - i, end)
-        gram = torch.mm(E[:, i:end].T, E[:, :end], out=grams[: (end - i) * end].view(shape))
-        for k, H in enumerate(hessians):
-            product = torch.mul(gram, H[i:end, :end], out=products[: (end - i) * end].view(shape))
-            by_column = product.sum(0).double()
-            totals[k] += float(2 * by_column[:i].sum() + by_column[i:].sum())  # what is left of the diagonal twice
-    return [total / rows for total in totals]
+    """mean over output channels of e H eᵀ for each symmetric H (in, in), for error (out, in): mean squared errors."""
+    return [total / len(error) for total in quadratic_forms(_as_multiplied(error), hessians).tolist()]
 
 
 def quadratic_loss(error: Tensor, hessian: Tensor) -> float:
     """The same for one H."""
     return quadratic_losses(error, hessian)[0]
+
+
+def _as_multiplied(error: Tensor) -> Tensor:
+    """A large error in bfloat16 where the CPU has it: a sum of squares hardly notices that each number is rounded on
+    its own, and stays one (H and the sums are float32; rounding these would not)."""
+    return error.to(compute_dtype() if error.shape[1] >= _LARGE else torch.float32)
 
 
 @dataclass

@@ -7,11 +7,14 @@ twin and its kernel differ only in the order of a few float additions.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 PANEL, BLOCK = 16, 32
 INT, TABLE, BF16, LATTICE = 0, 1, 2, 3
+_STRIP = 256  # columns of xᵀ x made at once
 
 
 def _pad_to(t: Tensor, rows: int, cols: int, value: int = 0) -> Tensor:
@@ -225,6 +228,22 @@ def add_gram(total: Tensor, x: Tensor) -> None:
     rows, block = x.float(), 256 if x.shape[1] >= 4096 else 128  # few and large, with little above the diagonal
     for i in range(0, x.shape[1], block):
         total[i : i + block, : i + block].addmm_(rows[:, i : i + block].T, rows[:, : i + block])
+
+
+def quadratic_forms(x: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+    """Σ over rows of x H xᵀ = ⟨xᵀ x, H⟩ for each symmetric H, a strip of xᵀ x at a time: (matrices,) float64."""
+    X, width = x.float(), x.shape[1]
+    totals = torch.zeros(len(matrices), dtype=torch.float64)
+    grams, products = torch.empty(2, _STRIP * width)  # one room for all strips
+    for i in range(0, width, _STRIP):
+        end = min(i + _STRIP, width)
+        shape = (end - i, end)
+        gram = torch.mm(X[:, i:end].T, X[:, :end], out=grams[: (end - i) * end].view(shape))
+        for k, H in enumerate(matrices):
+            product = torch.mul(gram, H[i:end, :end], out=products[: (end - i) * end].view(shape))
+            by_column = product.sum(0).double()
+            totals[k] += 2 * by_column[:i].sum() + by_column[i:].sum()  # what is left of the diagonal twice
+    return totals
 
 
 def hadamard(x: Tensor) -> Tensor:

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "decoder.h"
+#include "gram_threads.h"
 #include "pack.h"
 
 using namespace lowbit;
@@ -176,18 +177,29 @@ static void check_linears(const Kernels& k, const Kernels& oracle) {
 }
 
 static void check_grams(const Kernels& k, const Kernels& oracle) {
-  for (int rows : {1, 2, 7, 257})
+  for (int rows : {1, 2, 7, 257, 513})
     for (int width : {1, 16, 31, 40, 100}) {
       const std::vector<float> x = floats((size_t)rows * width, kRandom);
       std::vector<uint16_t> bf16(x.size());
       for (size_t i = 0; i < x.size(); ++i) bf16[i] = bf16_bits(x[i]);
-      std::vector<float> expected = floats((size_t)width * width, kRandom), got = expected;
-      for (const Kernels* each : {&oracle, &k}) {
-        Bytes scratch(each->gram_scratch(width));
-        each->gram(bf16.data(), (size_t)width, rows, width, (each == &k ? got : expected).data(), scratch.p);
-      }
+      const std::vector<float> start = floats((size_t)width * width, kRandom), other = floats((size_t)width * width, kRandom);
+      std::vector<float> expected = start, got = start;
+      add_gram(oracle, bf16.data(), rows, width, expected.data(), 1);
+      add_gram(k, bf16.data(), rows, width, got.data(), 2);
       where = std::string(k.name) + " gram " + std::to_string(rows) + " x " + std::to_string(width);
       near("sum", expected, got, 2e-5);
+      const std::vector<const float*> matrices = {start.data(), other.data()};
+      const std::vector<double> a = quadratic_forms(oracle, bf16.data(), rows, width, matrices, 1);
+      const std::vector<double> b = quadratic_forms(k, bf16.data(), rows, width, matrices, 2);
+      double most = 0;  // signs differ: against Σ |x_i H_ij x_j|
+      for (int r = 0; r < rows; ++r)
+        for (int i = 0; i < width; ++i)
+          for (int j = 0; j < width; ++j)
+            most += std::fabs(x[(size_t)r * width + i] * x[(size_t)r * width + j]) * std::fabs(start[(size_t)i * width + j]);
+      for (size_t i = 0; i < a.size(); ++i) {
+        ++checks;
+        if (!(std::fabs(a[i] - b[i]) <= 1e-5 * most)) report("forms", std::fabs(a[i] - b[i]) / most);
+      }
     }
 }
 

@@ -58,7 +58,7 @@ void linear(const Weight& w, const Act& a, int m, int p0, int p1, float* out, si
 
 extern const Kernels table;
 const Kernels table = {LOWBIT_ISA_NAME, linear,  sizeof(Slab), kTileRows, pack_tile, norm_quant,        glu,      rope,          kv_store,
-                       attention,       attention_scratch, hadamard, rows_to_float, argmax, softcap, gram, gram_scratch, sweep, sweep_scratch,
+                       attention,       attention_scratch, hadamard, rows_to_float, argmax, softcap, gram_pack, gram_add, gram_weighted, sweep, sweep_scratch,
                        grid_errors, errors_scratch, read_pattern, ops_int8};
 
 }  // namespace LOWBIT_ISA

@@ -115,6 +115,8 @@ struct Sweep {
   float lowest = 0.f, highest = 0.f;
 };
 
+constexpr int kGramRows = 512, kGramPanel = 32;  // packed at once; columns of a panel
+
 struct Kernels {
   const char* name;
   // out[m, row] (+)= W a for panels [p0, p1) and rows [0, m). scratch: linear_scratch bytes, 64-aligned.
@@ -136,9 +138,13 @@ struct Kernels {
   void (*rows_to_float)(const void* src, int type, float* dst, int n, float scale);  // 0 f32, 1 bf16, 2 f16
   int32_t (*argmax)(const float* x, int n);
   void (*softcap)(float* x, int n, float cap);
-  // Lower triangle of sum (width, width) += XᵀX of bf16 rows (rows, stride). scratch: gram_scratch(width), 64-aligned.
-  void (*gram)(const uint16_t* x, size_t stride, int rows, int width, float* sum, uint8_t* scratch);
-  size_t (*gram_scratch)(int width);
+  // Rows of bf16 (rows, stride), at most kGramRows, as pairs: one panel of `packed` (gram.cpp), ...
+  void (*gram_pack)(const uint16_t* x, size_t stride, int rows, int width, int panel, uint32_t* packed);
+  // ... the lower triangle of sum (width, width) += XᵀX in that panel, ...
+  void (*gram_add)(const uint32_t* packed, int rows, int width, int panel, float* sum);
+  // ... and what that panel is of totals[k] += Σ x H xᵀ for each symmetric H (width, width) of `matrices`.
+  void (*gram_weighted)(const uint32_t* packed, int rows, int width, int panel, const float* const* matrices, int count,
+                        double* totals);
   void (*sweep)(const Sweep& s, uint8_t* scratch);  // scratch: sweep_scratch(s), 64-aligned
   size_t (*sweep_scratch)(const Sweep& s);
   // Instead: value (scales, out) = each scale's squared error over the columns of x, weighted by matrix (columns,).

@@ -12,6 +12,7 @@
 #include <stdexcept>
 
 #include "decoder.h"
+#include "gram_threads.h"
 #include "pack.h"
 
 namespace nb = nanobind;
@@ -225,12 +226,17 @@ NB_MODULE(_cpu, m) {
                at<float>(sin) + (size_t)at<int32_t>(pos)[t] * (rot / 2));
   }, nb::arg("x"), nb::arg("positions"), nb::arg("tokens"), nb::arg("heads"), nb::arg("dim"), nb::arg("rotary"),
         nb::arg("cos"), nb::arg("sin"), nb::arg("isa") = nb::none(), Nogil());
-  m.def("gram", [](Address x, int rows, int width, Address sum, std::optional<std::string> isa) {
-    const Kernels& k = named(isa);
-    const std::unique_ptr<uint8_t[]> scratch(new uint8_t[k.gram_scratch(width) + 64]);  // not cleared: it is large
-    k.gram(at<uint16_t>(x), (size_t)width, rows, width, at<float>(sum),
-           scratch.get() + (64 - (uintptr_t)scratch.get() % 64) % 64);
-  }, nb::arg("x"), nb::arg("rows"), nb::arg("width"), nb::arg("sum"), nb::arg("isa") = nb::none(), Nogil());
+  m.def("gram", [](Address x, int rows, int width, Address sum, int threads, std::optional<std::string> isa) {
+    add_gram(named(isa), at<uint16_t>(x), rows, width, at<float>(sum), threads);
+  }, nb::arg("x"), nb::arg("rows"), nb::arg("width"), nb::arg("sum"), nb::arg("threads"), nb::arg("isa") = nb::none(),
+        Nogil());
+  m.def("quadratic_forms", [](Address x, int rows, int width, std::vector<Address> matrices, int threads,
+                              std::optional<std::string> isa) {
+    std::vector<const float*> each;
+    for (Address a : matrices) each.push_back(at<float>(a));
+    return quadratic_forms(named(isa), at<uint16_t>(x), rows, width, each, threads);
+  }, nb::arg("x"), nb::arg("rows"), nb::arg("width"), nb::arg("matrices"), nb::arg("threads"), nb::arg("isa") = nb::none(),
+        Nogil());
   // what: 0 descent, 1 the errors of every scale
   m.def("sweep", [](int what, int kind, Address x, Address value, int columns, int out, Address matrix, Address scale,
                     int scales, Address zero, Address index, Address table, int entries, float lowest, float highest,
