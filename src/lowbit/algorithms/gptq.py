@@ -36,12 +36,13 @@ from lowbit.workers import every_thread, side_by_side
 
 _SWAPPED = 1 << 20  # numbers
 _OFF = 0.1  # of the slopes
+_LAZY = 512  # columns that repair all later ones at once
 WORTH_FORKING = 1 << 21  # weights: with fewer, starting processes takes longer than half the work
 
 
 @dataclass(frozen=True)
 class GPTQSettings:
-    """dampening_frac: λ / mean(diag H). block_size: columns between lazy updates. desc_act: activation order.
+    """dampening_frac: λ / mean(diag H). block_size: columns between updates. desc_act: activation order.
     scale_search: weighted search instead of min-max. sweeps: refinement passes after the GPTQ pass.
     follow_original: round towards the original model's outputs (model/original.py) instead of the weights."""
 
@@ -99,7 +100,7 @@ def feedback(
 ) -> QuantizedTensor:
     """Column by column in `order`: round weight (out, in) float32 and let later columns repair the damage. `factor` is
     of the Hessian in that order, `diagonal` (in,) the Hessian's own. The weight is worked on transposed, a column in
-    one piece."""
+    one piece. What a block of columns repairs in all later ones is a product in bfloat16 where the CPU has it."""
     grouped = (
         scheme.granularity == "group" and scheme.kind != "learned"
     )  # a table is learned for the scales as they are
@@ -110,9 +111,10 @@ def feedback(
     table = learn_table(weight, scale, scheme, diagonal) if scheme.kind == "learned" else None
     grid = Columns(scale, zero, scheme, weight.shape, table)
     width = scheme.group_size if grouped else 1
-    block = max(settings.block_size // width, 1) * width  # lazy blocks hold whole groups
-
+    inner = max(settings.block_size // width, 1) * width  # columns that are rounded at once, whole groups
+    block = max(_LAZY // inner, 1) * inner
     searched = grouped and settings.scale_search
+    rough = compute_dtype()
     W = weight.T.clone(memory_format=torch.contiguous_format)  # (in, out), rounded as the columns are
     del weight  # a copy of a piece is 32 MB
     wanted = W[order]  # what they are rounded to: the weights, and repairs
@@ -121,15 +123,14 @@ def feedback(
         columns, N, D = order[here], factor.N[here, here], factor.D[here]
         before = W[columns]
         values, repairs = before.clone(), wanted[here].sub_(before)
-        for i in range(0, len(columns), width if searched else len(columns)):
-            group, after = slice(i, i + width if searched else None), slice(i + width, None)
+        for i in range(0, len(columns), width if searched else inner):
+            group, after = slice(i, i + (width if searched else inner)), slice(i + (width if searched else inner), None)
             if searched:
                 grid.search(int(columns[i]), (values[group] + repairs[group]).T.contiguous(), D[group])
             descend(values[group], repairs[group], N[group, group], grid.of(columns[group]))
-            if searched:
-                repairs[after].addmm_(N[group, after].T, before[group] - values[group])
+            repairs[after].addmm_(N[group, after].T, before[group] - values[group])
         W[columns] = values
-        wanted[later].addmm_(factor.N[here, later].T, before.sub_(values))
+        wanted[later] += factor.N[here, later].T.to(rough) @ before.sub_(values).to(rough)
     del wanted, before, values, repairs
     return grid.codes(W.T.contiguous())
 
