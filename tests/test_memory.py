@@ -105,11 +105,11 @@ def counting(counts: list[int]) -> Any:
 @torch.no_grad()
 def test_recomputing_gives_what_lockstep_gives(tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Inputs of every group and outputs, with weights replaced on the way, bit for bit, on two threads; and with a disk
-    no linear computes a batch twice."""
+    no linear computes a batch twice, and attention, whose last linear is rounded second, is computed until then."""
     from transformers import AutoModelForCausalLM
 
     monkeypatch.setattr(recompute, "WORTH_KEEPING", 1)
-    results, computed = [], []
+    results, computed, attended = [], [], []
     for again, folder in ((False, None), (True, None), (True, tmp_path / "parked")):
         model = AutoModelForCausalLM.from_pretrained(tiny).eval()
         blocks = find_blocks(model)
@@ -121,6 +121,9 @@ def test_recomputing_gives_what_lockstep_gives(tiny: Path, tmp_path: Path, monke
             walk = Walk(block, 0, entries, groups, {}, threads=2, recompute=again)
             tokens: list[int] = []
             counts = [m.register_forward_hook(counting(tokens)) for m in linears(block).values()]
+            calls = list[int]()
+            after = block.self_attn.o_proj.register_forward_pre_hook(lambda *_, n=calls: n.append(1), prepend=True)
+            counts.append(after)
             seen = []
             for k, group in enumerate(groups):
                 seen += [x.clone() for share in walk.collect(k, lambda i: [x for _, x in i]) for x in share]
@@ -129,14 +132,16 @@ def test_recomputing_gives_what_lockstep_gives(tiny: Path, tmp_path: Path, monke
             seen += walk.finish()
         for count in counts:
             count.remove()
-        assert not any(m._forward_pre_hooks or m._forward_hooks for m in block.modules())
+        assert not any(m._forward_pre_hooks or m._forward_hooks or "forward" in vars(m) for m in block.modules())
         results.append(seen)
         computed.append(sum(tokens))
+        attended.append(len(calls))
     assert len(results[0]) == 5 * 5
     for others in results[1:]:
         assert len(others) == len(results[0])
         assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
     assert computed == [7 * 5 * 2, (3 + 4 + 6 + 7) * 5 * 2, 7 * 5 * 2]  # linears, batches, windows a batch
+    assert attended == [5, 4 * 5, 2 * 5]
     assert not list((tmp_path / "parked").iterdir())
 
 

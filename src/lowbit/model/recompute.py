@@ -2,9 +2,11 @@
 
 Each group's input is computed from the block's beginning: the same values from the same operations as in lockstep, so
 the result is the same to the last bit. What the linears of earlier groups make of it no longer changes once those are
-rounded, so it is computed once and read from a file from then on; only what lies between linears is computed anew.
+rounded, so it is computed once and read from a file from then on, and so is what a part of the block with such linears
+alone makes (its attention); only what lies between them is computed anew.
 """
 
+import functools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -47,8 +49,42 @@ class Recompute:
         self._batch = 0
         self._calls: dict[str, int] = {}  # of this pass, by linear: one may be called several times
         self._shelf = Shelf(_SHARE_OF_DISK / threads)
+        self._others: dict[tuple[int, str, int], tuple[None, ...] | None] = {}  # what a part returns beside its tensor
         self._handles = hook_linears(block, groups, lambda k, name: self._before(k, name, activations))
         self._handles += [m.register_forward_hook(self._after(n)) for n, m in linears(block).items()]
+        self._parts = self._last_groups()
+        for name in self._parts:
+            _Part.of(block.get_submodule(name)).callers[self._thread] = functools.partial(self._part, name)
+
+    def _last_groups(self) -> dict[str, int]:
+        """Parts of the block that are worth keeping the output of, and the group after which it no longer changes."""
+        group_of = {name: k for k, group in enumerate(self._groups) for name in group.names}
+        parts = {}
+        for name, child in self._block.named_children():
+            inner = {f"{name}.{n}": m.in_features for n, m in linears(child).items()}
+            known = [group_of[n] for n in inner if n in group_of]
+            if len(known) == len(inner) > 1 and max(inner.values()) >= WORTH_KEEPING:
+                parts[name] = max(known)
+        return parts
+
+    def _part(self, name: str, forward: Callable[..., Any], *args: Any, **words: Any) -> Any:
+        """A part's output, from the shelf if it is there."""
+        self._calls[name] = self._calls.get(name, 0) + 1
+        key = self._key(name)
+        if key in self._shelf:
+            values, others = self._shelf.get(key), self._others[key]
+            return values if others is None else (values, *others)
+        output = forward(*args, **words)
+        values, others = (output[0], output[1:]) if isinstance(output, tuple) and output else (output, None)
+        keeps = isinstance(values, Tensor) and all(other is None for other in others or ())
+        if keeps and self._final(self._parts[name]):
+            self._others[key] = others
+            self._shelf.put(key, values)
+        return output
+
+    def _final(self, group: int | None) -> bool:
+        """Whether linears of a group are rounded by now, and their outputs will be wanted again."""
+        return self._wanted is not None and group is not None and group < self._wanted
 
     def _before(self, k: int | None, name: str, activations: Mapping[str, InputGrid]) -> Callable[..., Any]:
         def hook(_module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
@@ -73,8 +109,8 @@ class Recompute:
             key = self._key(name)
             if key in self._shelf:
                 return self._shelf.get(key)
-            rounded = self._wanted is not None and group is not None and group < self._wanted
-            if rounded and module.in_features >= WORTH_KEEPING:
+            kept_as_part = self._final(self._parts.get(name.partition(".")[0]))
+            if self._final(group) and module.in_features >= WORTH_KEEPING and not kept_as_part:
                 self._shelf.put(key, output)
             return None
 
@@ -104,4 +140,32 @@ class Recompute:
     def close(self) -> None:
         for handle in self._handles:
             handle.remove()
+        for name in self._parts:
+            _Part.of(self._block.get_submodule(name)).leave(self._thread)
         self._shelf.close()
+
+
+class _Part:
+    """A module's `forward` while threads walk through it: each has a caller of its own."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module, self._forward = module, module.forward
+        self.callers: dict[int, Callable[..., Any]] = {}
+        functools.update_wrapper(self, module.forward)
+
+    @staticmethod
+    def of(module: nn.Module) -> "_Part":
+        """The module's present one, or a new one in the place of its `forward`."""
+        if not isinstance(module.forward, _Part):
+            module.__dict__["forward"] = _Part(module)  # a hook cannot skip what it stands before
+        assert isinstance(module.forward, _Part)
+        return module.forward
+
+    def __call__(self, *args: Any, **words: Any) -> Any:
+        caller = self.callers.get(threading.get_ident())
+        return self._forward(*args, **words) if caller is None else caller(self._forward, *args, **words)
+
+    def leave(self, thread: int) -> None:
+        self.callers.pop(thread, None)
+        if not self.callers:
+            del self._module.__dict__["forward"]
