@@ -13,6 +13,7 @@ from lowbit.activations import UNKNOWN_SCALE, static_scale
 from lowbit.algorithms import METHODS
 from lowbit.algorithms.compose import parse_method, settings_of
 from lowbit.algorithms.signround import resting_point
+from lowbit.allocator import give_back
 from lowbit.artifact import Work, disk_errors
 from lowbit.calibration import Calibration
 from lowbit.clipping import inputs_report
@@ -26,7 +27,7 @@ from lowbit.kv_scales import block_scales
 from lowbit.learning import Learned, learn_block, learn_model, say
 from lowbit.losses import Statistics, Units
 from lowbit.manifest import shard_name
-from lowbit.memory import give_back, windows_at_once
+from lowbit.memory import windows_at_once
 from lowbit.model.checkpoint import read_header
 from lowbit.model.load import (
     Source,

@@ -13,9 +13,6 @@ much of it, hidden states go to a mapped file, each batch goes through the block
 as only its factor is needed (parking.py): a little slower, with the same result.
 """
 
-import ctypes
-import gc
-import os
 import resource
 from dataclasses import dataclass
 
@@ -173,26 +170,6 @@ class _Group:
         pieces of the rows are worked on with."""
         pieces = min(self.rows, rows_at_once(self.width)) * self.width * 4 * _PIECE * workers
         return 2 * self.square + self.judging + self.rows * self.width * (2 * self.stored + 2) + pieces
-
-
-def give_back(*, thoroughly: bool) -> None:
-    """Return freed memory to the system. The C library keeps what each finished thread's heap once held, and Python
-    keeps what sits in reference cycles; a block's worth of each adds up."""
-    if thoroughly:
-        gc.collect()
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # glibc's
-    if trim is not None:
-        trim(0)
-
-
-def return_at_once(size: int) -> None:
-    """From now on, memory blocks of `size` bytes and more go back to the system when they are freed. The C library
-    otherwise raises that limit to 32 MB, and keeps each thread's former activations for its next ones. What the user
-    set in the environment stays."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc's
-    for variable, option in (("MALLOC_MMAP_THRESHOLD_", -3), ("MALLOC_TRIM_THRESHOLD_", -1)):
-        if mallopt is not None and variable not in os.environ:
-            mallopt(option, size)
 
 
 _PIECE = 8  # float32 copies of a piece's weights while it is rounded

@@ -17,6 +17,7 @@ import torch
 
 from lowbit.algorithms import METHODS
 from lowbit.algorithms.compose import parse_method, settings_of
+from lowbit.allocator import give_back, return_at_once
 from lowbit.artifact import MANIFEST, Work, check_output, check_same, clean, read_manifest, replaces
 from lowbit.calibration import Calibration, load_calibration
 from lowbit.errors import InputError
@@ -26,7 +27,7 @@ from lowbit.formats.choose import format_for
 from lowbit.job import Job
 from lowbit.kv_scales import kv_report
 from lowbit.manifest import document_of, finish_directory, named_twice, versions
-from lowbit.memory import choose_frugal, estimate_memory, give_back, return_at_once
+from lowbit.memory import choose_frugal, estimate_memory
 from lowbit.model.checkpoint import DEMO, Checkpoint, open_checkpoint
 from lowbit.model.load import (
     load_tokenizer,
@@ -86,7 +87,7 @@ def quantize(
         memory = estimate_memory(net, blocks, recipe, checkpoint.dtype, torch.get_num_threads(), processes)
     frugal = choose_frugal(memory, max_memory)
     check_disk(plan, output, resume=resume, spilled=memory.spilled if frugal else 0)
-    return_at_once(1 << 20 if frugal else 4 << 20)  # asking the system anew for every small one takes a tenth longer
+    return_at_once(4 << 20)  # asking the system anew for every small one takes a tenth longer
     predicted = forecast(
         net,
         source,

@@ -27,6 +27,7 @@ from typing import Any, NoReturn, TypeVar
 
 import torch
 
+from lowbit import allocator
 from lowbit.errors import InputError, LowbitError
 
 T = TypeVar("T")
@@ -194,6 +195,7 @@ def _work(pieces: Sequence[Callable[[], Any]], pipe: Connection, parent: int) ->
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its children
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == parent:
+            allocator.keep()
             _setting["workers"] = 1
             torch.set_grad_enabled(False)
             answer: Any

@@ -122,17 +122,21 @@ def test_refine_never_raises_the_loss(text: str, start: str) -> None:
         assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.parametrize("mean", [0.0, 30.0])
 @pytest.mark.parametrize("text", ["w3a16-g64", "w4a16-g128-asym", "w4a16-channel", "fp8"])
-def test_slopes_in_bfloat16_find_what_those_in_float32_find(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, H = problem(4, columns=1024, rows=4000)
-    losses = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        monkeypatch.setattr(sys.modules["lowbit.algorithms.gptq"], "compute_dtype", lambda dtype=dtype: dtype)
-        quantized, _ = gptq(weight, H, grid(text), GPTQSettings(), torch.bfloat16)
-        losses[dtype] = loss(weight, quantized, H)
-    before, _ = gptq(weight, H, grid(text), GPTQSettings(sweeps=0), torch.bfloat16)
-    gained = loss(weight, before, H) - losses[torch.float32]
-    assert losses[torch.bfloat16] < losses[torch.float32] + 0.1 * gained
+def test_products_in_bfloat16_cost_nothing(text: str, mean: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another path to a loss as low: 1 % up or down for one matrix, whatever changes the last bits. So it is where
+    inputs with a mean of 30 standard deviations make large repairs cancel."""
+    ratios = []
+    for seed in range(4):
+        weight, H = problem(seed, columns=1024, rows=4000)
+        H = H + mean**2 * H.diagonal().mean()
+        losses = {}
+        for dtype in (torch.float32, torch.bfloat16):
+            monkeypatch.setattr(sys.modules["lowbit.algorithms.gptq"], "compute_dtype", lambda dtype=dtype: dtype)
+            losses[dtype] = loss(weight, gptq(weight, H, grid(text), GPTQSettings(), torch.bfloat16)[0], H)
+        ratios.append(losses[torch.bfloat16] / losses[torch.float32])
+    assert sum(ratios) / len(ratios) < 1.02
 
 
 def test_slopes_that_cancel_are_made_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
