@@ -1,15 +1,14 @@
 """What the C library does with freed memory: keeping it is faster, giving it back is smaller.
 
-Clearing new pages took a quarter of a quantization's processor time before workers kept theirs (docs/experiments.md).
-What the user set in the environment stays. Only glibc can be told.
+Clearing new pages is a fifth of a quantization's processor time (docs/experiments.md). What the user set in the
+environment stays. Only glibc can be told.
 """
 
+import contextlib
 import ctypes
 import gc
 import os
-
-_THRESHOLDS = {"MALLOC_MMAP_THRESHOLD_": -3, "MALLOC_TRIM_THRESHOLD_": -1}
-_MOST = 32 << 20  # that glibc takes for the first
+from collections.abc import Iterator
 
 
 def give_back(*, thoroughly: bool) -> None:
@@ -22,19 +21,22 @@ def give_back(*, thoroughly: bool) -> None:
         trim(0)
 
 
+@contextlib.contextmanager
+def settled() -> Iterator[None]:
+    """What exists now stays: within, looking for cycles to give back passes over it (a fifth of a second each time,
+    with torch and transformers loaded)."""
+    gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
+
+
 def return_at_once(size: int) -> None:
     """From now on, memory blocks of `size` bytes and more go back to the system when they are freed. The C library
     otherwise raises that limit to 32 MB, and keeps each thread's former activations for its next ones."""
-    _set(dict.fromkeys(_THRESHOLDS, size))
-
-
-def keep() -> None:
-    """From now on nothing goes back but blocks of 32 MB: for a process that lives for seconds."""
-    _set(dict(zip(_THRESHOLDS, (_MOST, 1 << 30), strict=True)))
-
-
-def _set(sizes: dict[str, int]) -> None:
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    for name, size in sizes.items():
-        if mallopt is not None and name not in os.environ:
-            mallopt(_THRESHOLDS[name], size)
+    for variable, option in (("MALLOC_MMAP_THRESHOLD_", -3), ("MALLOC_TRIM_THRESHOLD_", -1)):
+        if mallopt is not None and variable not in os.environ:
+            mallopt(option, size)

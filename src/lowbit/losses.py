@@ -21,7 +21,7 @@ from lowbit.scheme import TensorScheme
 from lowbit.stats import Hessian, Rows, quadratic_losses
 from lowbit.tensor import QuantizedTensor
 
-_ENTRIES = 1 << 24  # of an error, at once: fewer, and the Hessian is read more often than the error
+_ENTRIES = 1 << 22  # of an error, at once: fewer, and the Hessian is read more often than the error
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 
 from lowbit.algorithms import METHODS
 from lowbit.algorithms.compose import parse_method, settings_of
-from lowbit.allocator import give_back, return_at_once
+from lowbit.allocator import give_back, return_at_once, settled
 from lowbit.artifact import MANIFEST, Work, check_output, check_same, clean, read_manifest, replaces
 from lowbit.calibration import Calibration, load_calibration
 from lowbit.errors import InputError
@@ -87,7 +87,7 @@ def quantize(
         memory = estimate_memory(net, blocks, recipe, checkpoint.dtype, torch.get_num_threads(), processes)
     frugal = choose_frugal(memory, max_memory)
     check_disk(plan, output, resume=resume, spilled=memory.spilled if frugal else 0)
-    return_at_once(4 << 20)  # asking the system anew for every small one takes a tenth longer
+    return_at_once(1 << 20 if frugal else 4 << 20)  # asking the system anew for every small one takes a tenth longer
     predicted = forecast(
         net,
         source,
@@ -125,7 +125,7 @@ def quantize(
     work = Work(output, identity, resume=resume, force=force)
     layout = format_for(plan.schemes.values(), own_layout=METHODS[method.rounding].own_layout)
     job = Job(net, source, blocks, plan, recipe, work, layout, torch.get_num_threads(), frugal)
-    with using(processes), parking_in(work.activations.parent if frugal else None):
+    with using(processes), parking_in(work.activations.parent if frugal else None), settled():
         layers = job.run(calibration)
     document = document_of(output, recipe, layers, time.perf_counter() - start, 8 * checkpoint.dtype.itemsize)
     if recipe.kv_scheme is not None:

@@ -195,7 +195,7 @@ def _work(pieces: Sequence[Callable[[], Any]], pipe: Connection, parent: int) ->
         signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends its children
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() == parent:
-            allocator.keep()
+            allocator.return_at_once(4 << 20)  # it needs little, and not for long: fewer new pages
             _setting["workers"] = 1
             torch.set_grad_enabled(False)
             answer: Any
