@@ -177,6 +177,10 @@ class Parked:
         self._bytes = matrix.untyped_storage().nbytes()
         matrix.untyped_storage().resize_(0)
 
+    @property
+    def away(self) -> bool:
+        return self._file is not None
+
     def permuted(self, order: Tensor) -> Tensor:
         """A copy with rows and columns in `order`."""
         if self._file is None:

@@ -74,17 +74,21 @@ def gptq(
     def better(rows: Tensor, result: QuantizedTensor) -> QuantizedTensor:
         return refine(scaled(rows), result, H, settings.sweeps)
 
+    def both(rows: Tensor, factor: Factor, diagonal: Tensor) -> QuantizedTensor:
+        return better(rows, first(rows, factor, diagonal))
+
     pieces = row_pieces(weight, scheme)  # their codes do not depend on each other's
+    large = weight.numel() >= WORTH_FORKING
     parked = Parked(H)  # H and its factor need not be in memory together
+    at_once = not parked.away and settings.sweeps > 0
     try:
         factor = _factor(parked.permuted, order, parked.diagonal, settings.dampening_frac)
-        used = factor.dampening_frac
-        large = weight.numel() >= WORTH_FORKING
-        results = side_by_side([partial(first, piece, factor, parked.diagonal) for piece in pieces], worth_it=large)
+        used, step = factor.dampening_frac, both if at_once else first
+        results = side_by_side([partial(step, piece, factor, parked.diagonal) for piece in pieces], worth_it=large)
         del factor
     finally:
         parked.back()
-    if settings.sweeps:
+    if settings.sweeps and not at_once:
         results = side_by_side([partial(better, *pair) for pair in zip(pieces, results, strict=True)], worth_it=large)
     return replace(join_rows(results), tensor_scale=tensor_scale), used
 
