@@ -149,7 +149,7 @@ class _Part:
     """A module's `forward` while threads walk through it: each has a caller of its own."""
 
     def __init__(self, module: nn.Module) -> None:
-        self._module, self._forward = module, module.forward
+        self._module, self._forward, self._own = module, module.forward, "forward" in vars(module)
         self.callers: dict[int, Callable[..., Any]] = {}
         functools.update_wrapper(self, module.forward)
 
@@ -167,5 +167,9 @@ class _Part:
 
     def leave(self, thread: int) -> None:
         self.callers.pop(thread, None)
-        if not self.callers:
+        if self.callers:
+            return
+        if self._own:
+            self._module.__dict__["forward"] = self._forward
+        else:
             del self._module.__dict__["forward"]
