@@ -33,19 +33,18 @@ FILES = {"onnx": "", "litert": ".tflite"}
 
 
 def models(folder: Path) -> dict[str, Path]:
-    torch.manual_seed(0)
-    BertModel(BertConfig()).save_pretrained(folder / "bert-base")
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(DEMO / "model" / name, folder / "bert-base" / name)
-    mobilenet().save_pretrained(folder / "mobilenet-v2")
-    save_file({"pixel_values": images(32)}, folder / "images.safetensors")
+    bert(folder / "bert-base")
+    mobilenet(PIXELS, num_labels=1000).save_pretrained(folder / "mobilenet-v2")
+    save_file({"pixel_values": images(32, PIXELS, seed=12)}, folder / "images.safetensors")
     return {name: folder / name for name in ("bert-base", "mobilenet-v2")}
 
 
-def mobilenet() -> Any:
-    """Batch norms have seen images, and classes are apart: else its int8 outputs would all be the same code."""
+def mobilenet(size: int, **words: Any) -> Any:
+    """Random, for images of size x size. Batch norms have seen images, and classes are apart: else its int8 outputs
+    would all be the same code."""
+    torch.manual_seed(0)
     network: Any = MobileNetV2ForImageClassification(
-        MobileNetV2Config(image_size=PIXELS, num_labels=1000, classifier_dropout_prob=0.0)
+        MobileNetV2Config(image_size=size, classifier_dropout_prob=0.0, **words)
     )
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
@@ -54,15 +53,26 @@ def mobilenet() -> Any:
             module.momentum = 0.3
     nn.init.normal_(network.classifier.weight, std=0.5)
     with torch.no_grad():
-        for _ in range(12):
-            network.train()(pixel_values=images(16))
+        for seed in range(12):
+            network.train()(pixel_values=images(16, size, seed))
     return network.eval()
 
 
-def images(count: int) -> torch.Tensor:
-    """Smooth, brighter and darker."""
-    smooth = nn.functional.interpolate(torch.randn(count, 3, 20, 20), size=PIXELS, mode="bilinear")
-    return smooth + torch.randn(count, 3, 1, 1)
+def images(count: int, size: int, seed: int) -> torch.Tensor:
+    """Smooth random images, brighter and darker."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.randn(count, 3, size // 11, size // 11, generator=generator)
+    smooth = nn.functional.interpolate(coarse, size=size, mode="bilinear")
+    return smooth + torch.randn(count, 3, 1, 1, generator=generator)
+
+
+def bert(path: Path, **words: Any) -> Path:
+    """A random BERT with the demo's tokenizer, saved to a directory."""
+    torch.manual_seed(0)
+    BertModel(BertConfig(**words)).save_pretrained(path)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copyfile(DEMO / "model" / name, path / name)
+    return path
 
 
 def numbers(shape: list[int], dtype: Any) -> np.ndarray:

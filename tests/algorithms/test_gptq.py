@@ -122,6 +122,18 @@ def test_refine_never_raises_the_loss(text: str, start: str) -> None:
         assert losses[-1] < 0.7 * losses[0]
 
 
+@pytest.mark.parametrize("text", ["w3a16-g64", "w4a16-g128-asym", "w4a16-channel", "fp8"])
+def test_slopes_in_bfloat16_find_what_those_in_float32_find(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, H = problem(4, columns=1024, rows=4000)
+    start, _ = gptq(weight, H, grid(text), GPTQSettings(sweeps=0), torch.bfloat16)
+    losses = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        monkeypatch.setattr(sys.modules["lowbit.algorithms.gptq"], "compute_dtype", lambda dtype=dtype: dtype)
+        losses[dtype] = loss(weight, refine(weight, start, H, 2), H)
+    gained = loss(weight, start, H) - losses[torch.float32]
+    assert losses[torch.bfloat16] < losses[torch.float32] + 0.1 * gained
+
+
 @pytest.mark.parametrize("mean", [0.0, 30.0])
 @pytest.mark.parametrize("text", ["w3a16-g64", "w4a16-g128-asym", "w4a16-channel", "fp8"])
 def test_products_in_bfloat16_cost_nothing(text: str, mean: float, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,22 +3,20 @@
 The heavy ones need packages that the ordinary test run does not have: `make interop-onnx`, `make interop-litert`.
 """
 
+import importlib
 import importlib.util
-import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
-import torch
 from safetensors.torch import save_file
-from torch import nn
-from transformers import BertConfig, BertModel, MobileNetV2Config, MobileNetV2ForImageClassification
 
 import lowbit
 from lowbit.errors import InputError
 from lowbit.exporting import export
-from lowbit.model.checkpoint import DEMO
 
 HAS = {name: importlib.util.find_spec(name) is not None for name in ("onnx", "onnxscript", "litert_torch")}
 needs_onnxscript = pytest.mark.skipif(not HAS["onnxscript"], reason="make interop-onnx")
@@ -27,48 +25,25 @@ SIZE = 64
 
 
 @pytest.fixture(scope="module")
-def mobilenet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random MobileNetV2 whose batch norms have seen images, so that its classes differ from image to image."""
-    torch.manual_seed(0)
-    net: Any = MobileNetV2ForImageClassification(
-        MobileNetV2Config(image_size=SIZE, depth_multiplier=0.35, num_labels=10, classifier_dropout_prob=0.0)
-    )
-    for module in net.modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out")
-        if isinstance(module, nn.BatchNorm2d):
-            module.momentum = 0.3
-    nn.init.normal_(net.classifier.weight, std=0.5)
-    net.train()
-    with torch.no_grad():
-        for _ in range(12):
-            net(pixel_values=images(16))
-    path = tmp_path_factory.mktemp("mobilenet") / "model"
-    net.eval().save_pretrained(path)
-    return path
-
-
-def images(count: int, seed: int | None = None) -> torch.Tensor:
-    """Smooth random images, brighter and darker."""
-    generator = torch.Generator().manual_seed(seed) if seed is not None else None
-    coarse = torch.randn(count, 3, 6, 6, generator=generator)
-    return nn.functional.interpolate(coarse, size=SIZE, mode="bilinear") + torch.randn(
-        count, 3, 1, 1, generator=generator
-    )
+def encoders() -> Iterator[ModuleType]:
+    """The benchmark of such models, which makes them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+        yield importlib.import_module("encoders")
 
 
 @pytest.fixture(scope="module")
-def pixels(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("images") / "images.safetensors"
-    save_file({"pixel_values": images(32, seed=1)}, path)
+def mobilenet(encoders: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random MobileNetV2 whose classes differ from image to image."""
+    path = tmp_path_factory.mktemp("mobilenet") / "model"
+    encoders.mobilenet(SIZE, depth_multiplier=0.35, num_labels=10).save_pretrained(path)
     return path
 
 
-def bert(path: Path, **words: Any) -> Path:
-    torch.manual_seed(0)
-    BertModel(BertConfig(**words)).save_pretrained(path)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copyfile(DEMO / "model" / name, path / name)
+@pytest.fixture(scope="module")
+def pixels(encoders: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("images") / "images.safetensors"
+    save_file({"pixel_values": encoders.images(32, SIZE, seed=12)}, path)
     return path
 
 
@@ -107,9 +82,9 @@ def test_images_as_litert(mobilenet: Path, pixels: Path, tmp_path: Path) -> None
 
 @pytest.mark.interop_heavy
 @needs_litert
-def test_texts_as_litert(tmp_path: Path) -> None:
+def test_texts_as_litert(encoders: ModuleType, tmp_path: Path) -> None:
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 128}
-    model = bert(tmp_path / "bert", vocab_size=4096, **sizes)
+    model = encoders.bert(tmp_path / "bert", vocab_size=4096, **sizes)
     whole = export(model, tmp_path / "float.tflite", "litert", type="float", seq_len=32)
     small = export(model, tmp_path / "int8.tflite", "litert", seq_len=32)
     assert whole["inputs"] == {"input_ids": [1, 32], "attention_mask": [1, 32]}
@@ -120,9 +95,9 @@ def test_texts_as_litert(tmp_path: Path) -> None:
 
 @pytest.mark.interop_heavy
 @needs_litert
-def test_bert_base_as_litert(tmp_path: Path) -> None:
+def test_bert_base_as_litert(encoders: ModuleType, tmp_path: Path) -> None:
     """417.7 MB (of 2^20 bytes) in float32, at most 173 in dynamic int8."""
-    small = export(bert(tmp_path / "bert"), tmp_path / "int8.tflite", "litert", seq_len=128)
+    small = export(encoders.bert(tmp_path / "bert"), tmp_path / "int8.tflite", "litert", seq_len=128)
     assert small["bytes"] <= 173e6
     assert small["agreement"]["mean_log_probability_difference"] < 0.1
 
@@ -153,17 +128,19 @@ def test_what_litert_cannot_take_is_refused(
 
 
 @pytest.mark.skipif(not HAS["onnx"], reason="make interop-onnx")
-def test_images_that_do_not_fit_are_refused(mobilenet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_that_do_not_fit_are_refused(
+    encoders: ModuleType, mobilenet: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "onnxscript", None)
     with pytest.raises(InputError, match=r"onnxscript.*pip install 'lowbit\[onnx\]'"):
         export(mobilenet, tmp_path / "out", "onnx", type="float")
     monkeypatch.setattr("lowbit.exporting.onnx.require_onnxscript", lambda: None)
-    file = tmp_path / "images.safetensors"
+    file, images = tmp_path / "images.safetensors", encoders.images(1, SIZE, seed=0)
     for tensors in (
-        {"pixels": images(1, 0)},
-        {"pixel_values": images(1, 0)[:, :, 1:]},
-        {"pixel_values": images(1, 0).int()},
-        {"pixel_values": images(1, 0) / 0},
+        {"pixels": images},
+        {"pixel_values": images[:, :, 1:]},
+        {"pixel_values": images.int()},
+        {"pixel_values": images / 0},
     ):
         save_file({n: t.contiguous() for n, t in tensors.items()}, file)
         with pytest.raises(InputError, match=r"images\.safetensors"):

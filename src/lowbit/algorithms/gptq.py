@@ -42,8 +42,9 @@ WORTH_FORKING = 1 << 21  # weights: with fewer, starting processes takes longer 
 
 @dataclass(frozen=True)
 class GPTQSettings:
-    """dampening_frac: λ / mean(diag H). block_size: columns between updates. desc_act: activation order.
-    scale_search: weighted search instead of min-max. sweeps: refinement passes after the GPTQ pass.
+    """dampening_frac: λ / mean(diag H). block_size: columns between updates (a group, if searched).
+    desc_act: activation order. scale_search: weighted search of a group's scale before its columns, instead of min-max.
+    sweeps: refinement passes after the GPTQ pass.
     follow_original: round towards the original model's outputs (model/original.py) instead of the weights."""
 
     dampening_frac: float = 0.01
@@ -115,9 +116,9 @@ def feedback(
     table = learn_table(weight, scale, scheme, diagonal) if scheme.kind == "learned" else None
     grid = Columns(scale, zero, scheme, weight.shape, table)
     width = scheme.group_size if grouped else 1
-    inner = max(settings.block_size // width, 1) * width  # columns that are rounded at once, whole groups
-    block = max(_LAZY // inner, 1) * inner
     searched = grouped and settings.scale_search
+    step = width if searched else max(settings.block_size // width, 1) * width  # columns between updates, whole groups
+    block = max(_LAZY // step, 1) * step
     rough = compute_dtype()
     W = weight.T.clone(memory_format=torch.contiguous_format)  # (in, out), rounded as the columns are
     del weight  # a copy of a piece is 32 MB
@@ -127,8 +128,8 @@ def feedback(
         columns, N, D = order[here], factor.N[here, here], factor.D[here]
         before = W[columns]
         values, repairs = before.clone(), wanted[here].sub_(before)
-        for i in range(0, len(columns), width if searched else inner):
-            group, after = slice(i, i + (width if searched else inner)), slice(i + (width if searched else inner), None)
+        for i in range(0, len(columns), step):
+            group, after = slice(i, i + step), slice(i + step, None)
             if searched:
                 grid.search(int(columns[i]), (values[group] + repairs[group]).T.contiguous(), D[group])
             descend(values[group], repairs[group], N[group, group], grid.of(columns[group]))
